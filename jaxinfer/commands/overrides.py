@@ -1,4 +1,4 @@
-"""Options of several commands: config.json overrides (`--hf-overrides`) and chat templates."""
+"""Options of several commands: config.json overrides (`--hf-overrides`), speculative decoding and chat templates."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.errors import ConfigError
+from jaxinfer.speculative_config import SpeculativeConfig
 
 HELP = """values over config.json's, as JSON or @FILE (null removes): '{"rope_theta": 1e6}'"""
 
@@ -39,6 +40,22 @@ def parse_overrides(text: str) -> dict[str, Any]:
             f"{source} must be a JSON object of config.json's names, not {type(value).__name__}"
         )
     return value
+
+
+def parse_speculative(text: str) -> SpeculativeConfig:
+    """Parse the value of `--speculative-config`.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is not JSON, or a field is wrong.
+    """
+    try:
+        return SpeculativeConfig.of(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no speculative_config: {error}") from None
+
+
+SPECULATIVE = dict(type=parse_speculative, metavar="JSON", help="""for instance '{"method": "ngram"}'""")
+"""Type and help of `--speculative-config`."""
 
 
 def read_template(file: Path | None) -> str | None:

@@ -1,6 +1,6 @@
 """The draft model of speculative decoding: checked from its config.json and tokenizer, then loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxinfer.checkpoint.hf import read_config
-from jaxinfer.checkpoint.hub import resolve_model
+from jaxinfer.checkpoint.hub import ALLOW_PATTERNS, resolve_model
 from jaxinfer.config import EngineConfig
 from jaxinfer.distributed.group import Group
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.inputs.tokenizer import id_bound, load_tokenizer
 from jaxinfer.kv.groups import layout
-from jaxinfer.kv.spec import Full, Kind, Lent, Spec
+from jaxinfer.kv.spec import Full, Kind, Lent
 from jaxinfer.loading import weights
 from jaxinfer.models.base import LanguageModel, ModelConfig
 from jaxinfer.speculative_config import DRAFT_MODEL
@@ -32,8 +32,10 @@ class DraftCheckpoint:
     """Contents of config.json."""
 
     @classmethod
-    def find(cls, config: EngineConfig, group: Group | None = None) -> "DraftCheckpoint | None":
-        """Find the draft model of the settings; None if they have none.
+    def find(
+        cls, config: EngineConfig, group: Group | None = None, *, patterns: Sequence[str] = ALLOW_PATTERNS
+    ) -> "DraftCheckpoint | None":
+        """Find the draft model of the settings; None if they have none. `patterns`: files that are needed.
 
         Raises:
             ConfigError: several processes serve the model.
@@ -48,7 +50,7 @@ class DraftCheckpoint:
                 "method 'ngram', or leave it out"
             )
         with _named(speculative.model):
-            directory = resolve_model(speculative.model)
+            directory = resolve_model(speculative.model, patterns=patterns)
             return cls(speculative.model, directory, read_config(directory))
 
     def check(self, target: ModelConfig, tokenizer: Any, config: EngineConfig, mesh: Mesh) -> None:
@@ -63,8 +65,16 @@ class DraftCheckpoint:
         Raises:
             ConfigError: the vocabularies differ, or a layer is not supported.
         """
+        own = self.check_layers(config, mesh)
         with _named(self.name):
-            specs, own = self.specs(config, mesh)
+            self._check_vocabulary(target, tokenizer, own)
+
+    def check_layers(self, config: EngineConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
+        """Check that all layers have full attention over tokens; return the configuration. Raises as `check`."""
+        with _named(self.name):
+            family, own = weights.parse(self.hf, self.directory)
+            module = weights.abstract(family, own, jnp.dtype("float32"), mesh, pad_heads=config.pad_heads)
+            specs = tuple(module.cache_specs())
             if own.features is not None or own.cross is not None:
                 raise ConfigError("it has an encoder, and a draft model reads tokens alone; choose a text model")
             if any(not isinstance(spec, Full | Lent) or spec.kind != Kind() for spec in specs):
@@ -73,15 +83,9 @@ class DraftCheckpoint:
                     f"it has layers of kind {', '.join(kinds)}, and a draft model's layers must all have full "
                     "attention; choose another one"
                 )
-            if layout(tuple(specs)).groups > 1:
+            if layout(specs).groups > 1:
                 raise ConfigError("its layers need cache arrays of different shapes; choose another draft model")
-            self._check_vocabulary(target, tokenizer, own)
-
-    def specs(self, config: EngineConfig, mesh: Mesh | AbstractMesh) -> tuple[tuple[Spec, ...], ModelConfig]:
-        """Return what the layers store, and the configuration."""
-        family, own = weights.parse(self.hf, self.directory)
-        module = weights.abstract(family, own, jnp.dtype("float32"), mesh, pad_heads=config.pad_heads)
-        return tuple(module.cache_specs()), own
+            return own
 
     def _check_vocabulary(self, target: ModelConfig, tokenizer: Any, own: ModelConfig) -> None:
         """Check that both models have the same tokens; embeddings may be padded to different sizes."""
@@ -90,8 +94,8 @@ class DraftCheckpoint:
             mine, other = tokenizer.get_vocab(), theirs.get_vocab()
             if mine != other:
                 raise ConfigError(
-                    f"its tokenizer has {len(other)} tokens and differs from the served model's, which has {len(mine)}; "
-                    "choose a draft model with the same tokenizer"
+                    f"its tokenizer has {len(other)} tokens and differs from the served model's, which has "
+                    f"{len(mine)}; choose a draft model with the same tokenizer"
                 )
         least = target.vocab_size if theirs is None else id_bound(tokenizer)
         if own.vocab_size < least or (theirs is None and own.vocab_size != least):
@@ -112,7 +116,7 @@ class DraftCheckpoint:
 
 
 @contextmanager
-def _named(name: str):
+def _named(name: str) -> Iterator[None]:
     """Say in errors that they are about the draft model."""
     try:
         yield

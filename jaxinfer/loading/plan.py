@@ -25,6 +25,7 @@ from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv import groups
 from jaxinfer.kv.spec import State, with_codes
 from jaxinfer.loading import adapters, weights
+from jaxinfer.loading.draft import DraftCheckpoint
 from jaxinfer.models.base import Family, LanguageModel
 from jaxinfer.sharding import axes, placement
 from jaxinfer.sharding import mesh as meshes
@@ -68,8 +69,8 @@ def plan(
         revision: revision of the Hub id.
         hf_overrides: values that override config.json.
         settings: `placement`, `pad_heads`, `dtype`, `quantization`, `block_size`, `gpu_memory_utilization`,
-            `max_adapters` and `max_adapter_rank` of `EngineConfig`; for models with recurrent layers also
-            `max_num_seqs`, `snapshot_memory_fraction` and `enable_prefix_caching`.
+            `max_adapters`, `max_adapter_rank` and `speculative_config` (for a draft model) of `EngineConfig`; for
+            models with recurrent layers also `max_num_seqs`, `snapshot_memory_fraction` and `enable_prefix_caching`.
 
     Raises:
         ConfigError: an architecture, size, mesh or placement is not supported, or something is not divisible over the
@@ -93,19 +94,31 @@ def plan(
     check_cache_dtype(config.kv_cache_dtype, dtype)
     module = _module(model_family, parsed, dtype, mesh, hf, directory, how)
     adapters.add_room(module, config, mesh)
+    draft = _draft(config, mesh)
     made = placement.plan(
         module,
         mesh,
         itemsize=dtype.itemsize,
         more=_sampling(module, dtype),
-        cache=cache_plan(module, config, dtype, mesh),
+        cache=cache_plan(module, config, dtype, mesh, 0 if draft is None else draft.cache.block_device_bytes),
         model=_title(model, hf),
         patterns=how["placement"].patterns,
         memory=memory,
         share=config.gpu_memory_utilization,
         step_bytes=step_bytes,
+        draft_bytes=0 if draft is None else draft.device_bytes,
     )
     return _with_states(made, config)
+
+
+def _draft(config: EngineConfig, mesh: Mesh | AbstractMesh) -> Plan | None:
+    """Return the plan of the settings' draft model, if they have one."""
+    draft = DraftCheckpoint.find(config, patterns=FILES)
+    if draft is None:
+        return None
+    draft.check_layers(config, mesh)
+    names = "dtype", "pad_heads", "block_size", "kv_cache_dtype"
+    return plan(draft.name, mesh=mesh, **{name: getattr(config, name) for name in names})
 
 
 def _module(
@@ -136,7 +149,9 @@ def _check_bytes(memory: object, step_bytes: object) -> None:
         raise ConfigError(f"step_bytes must be an integer of at least 0, bytes of a device, got {step_bytes!r}")
 
 
-def cache_plan(module: LanguageModel, config: EngineConfig, dtype: jnp.dtype, mesh: Mesh | AbstractMesh) -> CachePlan:
+def cache_plan(
+    module: LanguageModel, config: EngineConfig, dtype: jnp.dtype, mesh: Mesh | AbstractMesh, draft_bytes: int = 0
+) -> CachePlan:
     """Count the bytes of a model's cache per device, in the same way as the engine.
 
     Args:
@@ -144,6 +159,7 @@ def cache_plan(module: LanguageModel, config: EngineConfig, dtype: jnp.dtype, me
         config: its block size, and how keys and values are stored.
         dtype: dtype of states, and of keys and values that are not quantised.
         mesh: mesh of the devices.
+        draft_bytes: bytes that a block takes on each device in the cache of a draft model.
     """
     specs, block_size = with_codes(module.cache_specs(), config.kv_cache_dtype), config.block_size
     cache_layout = groups.layout(specs)
@@ -159,7 +175,7 @@ def cache_plan(module: LanguageModel, config: EngineConfig, dtype: jnp.dtype, me
         sizes = {"state_device_bytes" if isinstance(spec, State) else "block_device_bytes": size}
         layers.append(CacheLayer(layer, whole, **sizes, encoded=spec.kind.encoded))
     # A block id takes memory in all arrays; a block of a sequence takes one id in each of its groups.
-    block = kv_cache.block_bytes(cache_layout.array_specs, block_size, dtype, mesh) // mesh.size
+    block = kv_cache.block_bytes(cache_layout.array_specs, block_size, dtype, mesh) // mesh.size + draft_bytes
     encoded = groups.encoded(cache_layout.kinds)
     return CachePlan(
         block_size,

@@ -1,7 +1,6 @@
 """Command line of the server: `jaxinfer serve MODEL`."""
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer._utils.checks import KV_CACHE_DTYPES, QUANTIZATIONS
-from jaxinfer.commands.overrides import add_hf_overrides, read_template
+from jaxinfer.commands.overrides import SPECULATIVE, add_hf_overrides, read_template
 from jaxinfer.errors import ConfigError, JaxInferError
 from jaxinfer.serve import listening
 from jaxinfer.serve.config import ServerConfig
-from jaxinfer.speculative_config import SpeculativeConfig
 
 KEY = "JAXINFER_API_KEY"
 """Environment variable of the key; a command line is visible to other users of the machine."""
@@ -76,15 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine("--adapter", action="append", metavar="NAME=DIR", help="LoRA adapter, a model by this name; repeatable")
     engine("--max-adapters", type=int, metavar="N", help="adapters at a time, also those added later")
     engine("--max-adapter-rank", type=int, metavar="R", help="largest rank of an adapter")
-    engine("--speculative-config", type=_speculative, metavar="JSON", help="""for instance '{"method": "ngram"}'""")
+    engine("--speculative-config", **SPECULATIVE)
     add_hf_overrides(parser)
-
-
-def _speculative(text: str) -> SpeculativeConfig:
-    try:
-        return SpeculativeConfig.of(json.loads(text))
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no speculative_config: {error}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

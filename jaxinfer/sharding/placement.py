@@ -35,6 +35,7 @@ class Plan(Placed):
             "all_devices_bytes": self.device_bytes * self.devices,
             "copied_bytes": self.copied_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
+            "draft_bytes": self.draft_bytes,
             "modules": self.modules,
             "parameters": [row.as_dict() for row in self.rows],
             "collectives": {step: self.collectives(step) for step in self.steps},

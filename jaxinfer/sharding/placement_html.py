@@ -94,6 +94,8 @@ def _tiles(plan: Placed) -> str:
         (size_text(plan.checkpoint_bytes), "in the checkpoint, in these dtypes"),
         *steps,
     ]
+    if plan.draft_bytes:
+        tiles.append((size_text(plan.draft_bytes), "of a draft model's weights on each device"))
     if plan.cache is not None:
         per = size_text(plan.cache.block_device_bytes / plan.cache.block_size)
         tiles.append((per, "of cache per token on each device"))
@@ -117,6 +119,8 @@ def _device(plan: Placed) -> str:
         ("s", plan.device_bytes - plan.copied_bytes, "weights, sharded"),
         ("c", plan.copied_bytes, "weights, replicated"),
     ]
+    if plan.draft_bytes:
+        parts.append(("t", plan.draft_bytes, "draft model"))
     if plan.memory is not None and plan.step_bytes:
         parts.append(("t", plan.step_bytes, "steps"))
     if plan.cache_bytes is not None:

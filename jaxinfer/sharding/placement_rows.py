@@ -156,6 +156,8 @@ class Placed:
     """Share of it that weights, cache and steps may take together (`EngineConfig.gpu_memory_utilization`)."""
     step_bytes: int = 0
     """Bytes per device that steps need while they run, and of arrays beside the cache."""
+    draft_bytes: int = 0
+    """Bytes per device of a draft model's weights, which are not among `rows`."""
 
     @property
     def devices(self) -> int:
@@ -201,7 +203,7 @@ class Placed:
         """Bytes available to the cache on each device; None if device memory is unknown."""
         if self.memory is None:
             return None
-        return max(0, int(self.memory * self.share) - self.device_bytes - self.step_bytes)
+        return max(0, int(self.memory * self.share) - self.device_bytes - self.draft_bytes - self.step_bytes)
 
     @property
     def tokens(self) -> int | None:

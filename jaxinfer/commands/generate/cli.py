@@ -59,6 +59,7 @@ def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
         tensor_parallel_size=args.tensor_parallel_size,
         peer_timeout=args.peer_timeout,
         hf_overrides=args.hf_overrides,
+        speculative_config=args.speculative_config,
         chat_template=read_template(args.chat_template),
         **settings,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxinfer import demo, distributed
 from jaxinfer._utils.checks import QUANTIZATIONS
-from jaxinfer.commands.overrides import add_hf_overrides
+from jaxinfer.commands.overrides import SPECULATIVE, add_hf_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quantization", default=None, choices=QUANTIZATIONS, metavar="METHOD", help=", ".join(QUANTIZATIONS))
     add("--max-model-len", type=int, default=None)
     add_hf_overrides(parser)
+    add("--speculative-config", **SPECULATIVE)
     add("--tensor-parallel-size", type=int, default=None, help="by default 1, or all devices of several processes")
     add(
         "--coordinator",

@@ -14,7 +14,7 @@ import jax
 from jaxinfer import demo
 from jaxinfer._utils.checks import KV_CACHE_DTYPES, QUANTIZATIONS
 from jaxinfer.commands.exit_status import status_of
-from jaxinfer.commands.overrides import add_hf_overrides
+from jaxinfer.commands.overrides import SPECULATIVE, add_hf_overrides
 from jaxinfer.commands.plan import table
 from jaxinfer.sharding import Plan, plan
 from jaxinfer.sharding.placement_html import page
@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--revision", default=None, help="of the Hub id")
     add_hf_overrides(parser)
+    add("--speculative-config", **SPECULATIVE)
     shown = parser.add_argument_group("what is shown").add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="print it as one JSON object")
     shown.add_argument("--html", type=Path, metavar="FILE", help="write it as an HTML page")
@@ -113,6 +114,7 @@ def make(args: argparse.Namespace, hf: Mapping[str, Any] | None = None, **change
         "block_size": args.block_size,
         "pad_heads": args.pad_heads,
         "revision": args.revision,
+        "speculative_config": args.speculative_config,
     }
     if hf is None:
         settings["hf_overrides"] = args.hf_overrides

@@ -95,6 +95,11 @@ def sentences(plan: Plan) -> Iterator[str]:
         f"{size_text(plan.device_bytes * plan.devices)} on all {plan.devices}; a single copy of them takes "
         f"{size_text(plan.checkpoint_bytes)}."
     )
+    if plan.draft_bytes:
+        yield (
+            f"The draft model's weights take {size_text(plan.draft_bytes)} more on each device; its keys and values "
+            "are counted with the cache."
+        )
     if plan.devices > 1:
         yield f"{size_text(plan.copied_bytes)} of it is the same on every device. {REPLICATION_NOTE}"
     for step in plan.steps:
@@ -121,9 +126,10 @@ def _cache(plan: Plan) -> Iterator[str]:
         names = _ranges(cache.replicated_layers)
         yield f"The cache of layer(s) {names} is whole on every device."
     if plan.tokens is not None and plan.memory is not None:
+        weights = plan.device_bytes + plan.draft_bytes
         steps = f" and {size_text(plan.step_bytes)} for steps" if plan.step_bytes else ""
         share = f"{plan.share:g} of {size_text(plan.memory)} beside the weights{steps}"
-        if plan.memory < plan.device_bytes:
+        if plan.memory < weights:
             yield f"The weights do not fit: {size_text(plan.memory)} is what a device has."
         elif cache.sequences is None:
             yield f"{plan.tokens:,} tokens fit in {share}; every device holds the same share of them."

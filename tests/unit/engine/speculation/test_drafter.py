@@ -164,11 +164,15 @@ def test_drafts_pause_while_they_make_fewer_tokens_a_second():
     ("given", "message"),
     [
         ("ngram", "must be a dictionary such as"),
-        ({"method": "eagle"}, "method must be ngram, got 'eagle'"),
+        ({"method": "eagle"}, "method must be ngram or draft_model, got 'eagle'"),
         ({"num_speculative_tokens": 0}, r"num_speculative_tokens must be an integer in \[1, 32\], got 0"),
         ({"prompt_lookup_min": True}, "got True"),
         ({"prompt_lookup_min": 5}, "prompt_lookup_min is 5, more than prompt_lookup_max = 4; lower it"),
-        ({"model": "draft"}, "has no 'model'; known: method, num_speculative_tokens"),
+        ({"draft": "DIR"}, "has no 'draft'; known: method, model, num_speculative_tokens"),
+        ({"model": "DIR"}, "model is 'DIR', and method 'ngram' has none; pass 'method': 'draft_model'"),
+        ({"method": "draft_model"}, "method 'draft_model' needs a model, .* got None"),
+        ({"method": "draft_model", "model": ""}, "needs a model"),
+        ({"method": "draft_model", "model": "DIR", "prompt_lookup_max": 5}, "prompt_lookup_max is for method 'ngram'"),
     ],
 )
 def test_wrong_settings_are_named(given, message):
