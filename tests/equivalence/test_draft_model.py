@@ -8,18 +8,21 @@ import jax
 import numpy as np
 import pytest
 from support.cases import EDGES, GREEDY, alone, mixed, poison, requests
+from support.families import FULL, SLIDING
 from support.tiny import (
     BLOCK,
-    HYBRIDS,
+    LENGTH,
     config,
     divided_runner,
-    hybrid_runner,
+    layers,
     make_engine,
     make_request,
     prompt,
     random_runner,
     run,
+    shapes_of,
 )
+from support.tiny import CONFIG as CONFIG_OF_MODEL
 
 from jaxinfer.engine.runner.draft_steps import DraftFill, DraftSteps, largest_keys
 from jaxinfer.engine.runner.keys import Key
@@ -29,6 +32,7 @@ from jaxinfer.engine.speculation.drafter import Payoff
 from jaxinfer.functional import split
 from jaxinfer.loading import weights
 from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.sharding import make_mesh
 from jaxinfer.speculative_config import SpeculativeConfig
 
 pytestmark = pytest.mark.xdist_group("llama")
@@ -198,24 +202,40 @@ def test_a_cache_that_was_freed_and_a_draft_model_of_short_sequences():
     assert not engine.runner.draft_cache
     engine.control.wake_up()
     poison_both(engine.runner)
-    engine.scheduler.drafter._longest = 24
+    engine.scheduler.drafter._longest, before = 24, counts(engine)[1]
     assert run(engine, requests([17], LONG)) == expected
     _, drafted, accepted = counts(engine)
-    assert accepted == drafted and 17 < drafted < 30
+    assert accepted == drafted and before > 10 and 0 < drafted - before < 24 - 17
+
+
+def test_each_row_is_written_up_to_the_end_of_its_draft(monkeypatch):
+    """A row that drafts fewer tokens than others has no blocks for more."""
+    engine, wanted, ends = make(random_runner()), requests([5, 9], LONG), []
+    drafter, propose = engine.scheduler.drafter, engine.scheduler.drafter.propose
+
+    def draft_both(sequences, rows, remaining):
+        if len(sequences) < 2 or ends:
+            return None
+        ends.extend(s.length - 1 + count for s, count in zip(sequences, (1, 4), strict=True))
+        return propose(sequences, rows, remaining)
+
+    monkeypatch.setattr(drafter, "_counts", lambda *_: [1, 4])
+    monkeypatch.setattr(drafter, "propose", draft_both)
+    run(engine, wanted)
+    written = ~np.isnan(np.asarray(engine.runner.draft_cache[0].keys)[:, 0, :, 0])
+    assert written.sum() == sum(ends) > 14
 
 
 def test_a_target_with_sliding_windows():
     """The draft model's layers have full attention; windows above all lengths make the models the same."""
-    base = hybrid_runner("window above all")
-    whole = config("llama") | HYBRIDS["window above all"] | {"layer_types": ["full_attention"] * 2}
-    module = weights.random(whole, base.program.mesh)
-    own, params = split(module, base.program.mesh)
-    shapes = replace(base.shapes, verify_buckets=(TOKENS,), draft_tokens=CONFIG.num_speculative_tokens)
-    programs = Sharing(replace(base.program, draft=own), shapes, base.params, draft_params=params)
-    programs.base = Runner(base.program, base.params, shapes).programs
-    runner = Runner(replace(base.program, draft=own), base.params, shapes, draft_params=params, programs=programs)
+    mesh, kinds = make_mesh(), [SLIDING, FULL]
+    module = weights.random(CONFIG_OF_MODEL | layers(kinds, 4 * LENGTH), mesh)
+    program, params = split(module, mesh)
+    own, draft_params = split(weights.random(CONFIG_OF_MODEL | layers([FULL] * 2, 1), mesh), mesh)
+    shapes = shapes_of(program, verify_buckets=(TOKENS,), draft_tokens=CONFIG.num_speculative_tokens)
+    runner = Runner(replace(program, draft=own), params, shapes, draft_params=draft_params)
     wanted = requests([3, 12, 17, 30], GREEDY)
-    expected = alone(base, wanted)
+    expected = alone(runner, wanted)
     engine = make_engine(runner, speculative=CONFIG)
     poison_both(runner)
     assert run(engine, wanted) == expected

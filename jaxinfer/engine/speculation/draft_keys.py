@@ -1,10 +1,9 @@
 """Where the draft model's cache holds keys and values of a sequence.
 
 The draft model writes the blocks of the served model, but at other times: it computes what it lacks when it drafts. So
-each block has a mark, of whose tokens the draft model has written there, and how many. The mark of a full block is the
-digest of the prefix that ends with it, which any sequence with this prefix can use, and of other blocks a number of the
-sequence that wrote it. Blocks that were evicted, copied or allocated anew since need no care: their marks are those of
-other tokens.
+each block has a mark of what the draft model has written there. The mark of a full block is the digest of the prefix
+that ends with it, which any sequence with this prefix can use, and of other blocks a number of the sequence that wrote
+it last. Blocks that were evicted, copied or allocated anew since need no care: their marks are those of other tokens.
 """
 
 import itertools
@@ -39,8 +38,6 @@ class DraftKeys:
         self._tables, self._group = tables, full_group(tables.kinds)
         self._marks = np.zeros(blocks, np.int64)
         """Mark of each block; 0 for none."""
-        self._filled = np.zeros(blocks, np.int32)
-        """Number of leading positions of each block that were written under its mark."""
         self._rows: dict[int, _Row] = {}
         self._numbers = itertools.count(1)
 
@@ -68,11 +65,8 @@ class DraftKeys:
     def wrote(self, sequence: Sequence, start: int, stop: int, draft: np.ndarray) -> None:
         """Record that positions [start, stop) of known tokens were written, and after them those of drafted tokens."""
         own, size = self._rows[sequence.row], self._tables.block_size
-        end = stop + len(draft)
-        first, ids = start // size, self.table(sequence.row)[start // size : -(-end // size)]
-        self._marks[ids] = own.mark
-        self._filled[ids] = np.minimum(end - size * np.arange(first, first + len(ids)), size)
-        own.known, own.draft, own.settled = stop, draft, min(own.settled, first)
+        self._marks[self.table(sequence.row)[start // size : -(-(stop + len(draft)) // size)]] = own.mark
+        own.known, own.draft = stop, draft
 
     def leave(self, sequence: Sequence) -> None:
         """Forget a sequence that is about to lose its row; its full blocks stay known by their digests."""
@@ -84,7 +78,7 @@ class DraftKeys:
         """Look up what is there for a sequence that has a new row."""
         digests = _numbers(sequence.digests)
         ids = self.table(sequence.row)[: len(digests)]
-        there = (ids >= 0) & (self._marks[ids] == digests[: len(ids)]) & (self._filled[ids] == self._tables.block_size)
+        there = (ids >= 0) & (self._marks[ids] == digests[: len(ids)])
         blocks = int(np.argmin(np.append(there, False)))
         return _Row(next(self._numbers), blocks * self._tables.block_size, blocks)
 
