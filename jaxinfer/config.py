@@ -186,7 +186,8 @@ class EngineConfig:
     """
     speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None
     """Speculative decoding: `{"method": "ngram"}` drafts the tokens that followed the last ones where they occurred
-    before, and verifies several in one step; fields as in `SpeculativeConfig`. None for one token a step.
+    before, `{"method": "draft_model", "model": DIR}` those of a smaller model; several are verified in one step. Fields
+    as in `SpeculativeConfig`. None for one token a step.
     """
     deterministic: bool = False
     """Whether tokens and log-probabilities are the same bit for bit whatever else runs: batch, order, chunks, prefix

@@ -1,5 +1,6 @@
 """Measure speculative decoding against decoding one token at a time (`bench.py speculative`), in turns, greedily.
 
+`--set 'speculative_config={"method": "draft_model", "model": "DIR"}'` drafts with a model instead of prompt lookup.
 Three kinds of prompts: a text that has been repeated and goes on so (`repeated`), code that resembles code before it
 (`code`), and prose, which holds nothing to look up (`prose`). Reported for each kind, as medians over the passes:
 
@@ -42,9 +43,10 @@ class Work:
 
 
 def measure(model: str, work: Work, settings: dict[str, Any]) -> dict[str, float]:
-    """Run the passes and return the figures by kind of prompt."""
+    """Run the passes and return the figures by kind of prompt; drafts are made as `speculative_config` says."""
     own = dict(max_num_seqs=1, max_model_len=512 + work.new, use_tqdm=False, enable_prefix_caching=False)
-    drafted = {"speculative_config": {"method": "ngram"}}
+    settings = dict(settings)
+    drafted = {"speculative_config": settings.pop("speculative_config", {"method": "ngram"})}
     params = SamplingParams(temperature=0, max_tokens=work.new, ignore_eos=True)
     figures: dict[str, float] = {}
     with LLM(model, **own | settings) as plain, LLM(model, **own | drafted | settings) as drafting:

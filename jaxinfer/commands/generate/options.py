@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="one object a request on stdout, everything else on stderr")
     add("--samples", type=int, default=0, metavar="N", help="ask N built-in questions (at most 20)")
     add("--add-prefix", action="store_true", help="with --samples: put a shared prefix before each question")
-    add("--compare", action="store_true", help="with --samples: again without sharing and prefix reuse, side by side")
+    add("--compare", action="store_true", help="with --samples: side by side without sharing")
 
 
 def finish(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -228,6 +228,7 @@ def test_as_dict_is_complete(mixed: Plan):
         "all_devices_bytes",
         "copied_bytes",
         "checkpoint_bytes",
+        "draft_bytes",
         "modules",
         "parameters",
         "collectives",
