@@ -184,6 +184,11 @@ class EngineConfig:
     them; "auto": as many as take 0.1 s, at most 8. Tokens are the same; they, and new requests, wait for the last
     step.
     """
+    joint_steps: bool | None = None
+    """Whether prefill chunks and decoding sequences of a step run in one forward, a joint step, so that weights are
+    read once; steps that ask for what it does not serve are two, as with False. None: if the attention kernel is
+    Triton's or native, unless a CPU has less than 64 MiB of weights.
+    """
     speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None
     """Speculative decoding: `{"method": "ngram"}` drafts the tokens that followed the last ones where they occurred
     before, `{"method": "draft_model", "model": DIR}` those of a smaller model; several are verified in one step. Fields
@@ -283,6 +288,8 @@ class EngineConfig:
             raise ConfigError(f"quantization must be None or {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
 
     def _check_cache(self) -> None:
+        if self.joint_steps is not None and not isinstance(self.joint_steps, bool):
+            raise ConfigError(f"joint_steps must be None, True or False, got {self.joint_steps!r}")
         if self.cache not in CACHES:
             raise ConfigError(f"cache must be {' or '.join(map(repr, CACHES))}, got {self.cache!r}")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:

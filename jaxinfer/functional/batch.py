@@ -50,7 +50,7 @@ class DecodeBatch:
     meta_fields=["tile"],
     data_fields=[
         *("tokens", "positions", "rows", "rope_lengths", "tables", "tiles", "count", "last"),
-        *("seen", "states", "adapters", "rope_positions"),
+        *("seen", "states", "adapters", "rope_positions", "lengths"),
     ],
 )
 @dataclass(frozen=True)
@@ -88,6 +88,10 @@ class PrefillBatch:
     rope_positions: Array | None = None
     """With M-RoPE: positions that rope rotates each token by, `[T, 3]` (`media.rope_positions`); None if all are
     `positions`.
+    """
+    lengths: Array | None = None
+    """In a joint step: for each of the last D tokens the length of its sequence, `[D]`, if it is a decode, and 0 if it
+    is not. Decodes are in no tile, and `rows` says that their tables are the last D ones, in this order.
     """
 
 

@@ -30,6 +30,7 @@ from jaxinfer.functional.batch import Array, DecodeBatch, PrefillBatch
 from jaxinfer.functional.encoder_batch import EncodeBatch
 from jaxinfer.functional.program import Program
 from jaxinfer.functional.taps import Taps
+from jaxinfer.kernels.attention.joint import JointRows
 from jaxinfer.kernels.attention.paged import Cache, DecodeRows, PrefillTiles, Slots
 from jaxinfer.kernels.attention.xla_attention import TILE
 from jaxinfer.kv import groups as kv_groups
@@ -116,13 +117,25 @@ def prefill_hidden(
     """
     tables, size = _flat(program, batch.tables)
     tiles = [batch.tiles.at[:, 0].add(group * size) if group else batch.tiles for group in range(program.layout.groups)]
-    rows = [
+    rows: list[PrefillTiles | JointRows] = [
         PrefillTiles(tables, tiles[group], batch.count, batch.seen[batch.tiles[:, 1]] if reads else None)
         for group, reads in enumerate(_reading(program, batch.seen))
     ]
+    if batch.lengths is not None:
+        rows = [_with_decodes(own, batch, (group + 1) * size) for group, own in enumerate(rows)]
     step = _context(program, cache, batch, batch.rows, batch.rope_lengths, rows, tile=batch.tile)
     step = replace(step, routed=routed)
     return _prepared(program, params, batch, taps)(batch.tokens, step, cache, features)
+
+
+def _with_decodes(chunks: PrefillTiles, batch: PrefillBatch, end: int) -> JointRows:
+    """Return the rows of a joint step in one group of layers, whose tables end before row `end`."""
+    lengths, starts = batch.lengths, None
+    places = lengths.shape[0]
+    if chunks.spans is not None:
+        starts, ends = jnp.where(lengths > 0, batch.seen[-places:].T, 0)
+        lengths = ends
+    return JointRows(*chunks, lengths, end - places, starts)
 
 
 def decode(program: Program, params: Sequence[jax.Array], cache: Cache, batch: DecodeBatch) -> tuple[jax.Array, Cache]:
@@ -204,7 +217,7 @@ def _context(
     batch: PrefillBatch | DecodeBatch,
     owners: jax.Array,
     rope_lengths: jax.Array,
-    rows: Sequence[DecodeRows | PrefillTiles],
+    rows: Sequence[DecodeRows | PrefillTiles | JointRows],
     *,
     items: int | None = None,
     tile: int = TILE,

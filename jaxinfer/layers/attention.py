@@ -11,6 +11,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kernels import rowwise
 from jaxinfer.kernels.attention import choose as attention
+from jaxinfer.kernels.attention import joint
+from jaxinfer.kernels.attention.joint import JointRows
 from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
 from jaxinfer.kernels.state.slots import DecodeSlots, FullSequences, Segments
 from jaxinfer.kv.groups import Place
@@ -45,7 +47,7 @@ class GroupStep(NamedTuple):
 
     slots: Slots | None
     """Slots that each token's keys and values are written to; None for encoder keys, which are already in the cache."""
-    rows: DecodeRows | PrefillTiles | FullSequences
+    rows: DecodeRows | PrefillTiles | JointRows | FullSequences
     """Block tables, and the tokens that read each of them."""
 
     def part(self, place: Place) -> "GroupStep":
@@ -105,7 +107,7 @@ class StepContext:
         return self.groups[0].slots
 
     @property
-    def rows(self) -> DecodeRows | PrefillTiles | FullSequences:
+    def rows(self) -> DecodeRows | PrefillTiles | JointRows | FullSequences:
         """Rows of the layer's group; for a layer's view only."""
         return self.groups[0].rows
 
@@ -159,10 +161,16 @@ def attend(
     ) -> tuple[jax.Array, KVCache]:
         q, k, v = (None if x is None else x[:, 0] for x in (q, k, v))
         sinks = None if sinks is None else sinks[0]
-        if isinstance(step.rows, DecodeRows):
-            out, kv_cache = kernel.decode(q, k, v, kv_cache, step.slots, step.rows, scoring, sinks, items=step.items)
+        how = {"scoring": scoring, "sinks": sinks}
+        decode, prefill = (
+            partial(kernel.decode, items=step.items, **how),
+            partial(kernel.prefill, tile=step.tile, **how),
+        )
+        if isinstance(step.rows, JointRows):
+            out, kv_cache = joint.attend(prefill, decode, (q, k, v), kv_cache, step.slots, step.rows)
         else:
-            out, kv_cache = kernel.prefill(q, k, v, kv_cache, step.slots, step.rows, scoring, sinks, tile=step.tile)
+            run = decode if isinstance(step.rows, DecodeRows) else prefill
+            out, kv_cache = run(q, k, v, kv_cache, step.slots, step.rows)
         return out[:, None], kv_cache
 
     model = model_axis(q.shape[1])

@@ -13,9 +13,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxinfer.kernels.attention import choose as attention
-from jaxinfer.kernels.attention import latent
+from jaxinfer.kernels.attention import joint, latent
+from jaxinfer.kernels.attention.joint import JointRows
 from jaxinfer.kernels.attention.latent import Expansion
-from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, Scoring
+from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
 from jaxinfer.kv.spec import Latent
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.linear import BatchedLinear, FusedLinear, Output, RowLinear
@@ -148,14 +149,24 @@ class LatentAttention(nnx.Module):
             q, latents = q[:, 0], latents[:, 0]
             heads = up.reshape(-1, spec.key_dim + spec.value_dim, spec.rank)
             expansion = Expansion(heads[:, : spec.key_dim], heads[:, spec.key_dim :])
-            decoding = isinstance(step.rows, DecodeRows)
-            if not decoding and step.kernel in EXPANDING and not step.deterministic:
-                out, kv_cache = latent.prefill(q, latents, kv_cache, step.slots, step.rows, expansion, spec.scale)
-                return out.reshape(out.shape[0], 1, -1), kv_cache
-            attend = partial(kernel.decode, items=step.items) if decoding else partial(kernel.prefill, tile=step.tile)
-            own = latent.absorb(q, expansion), latents[:, None], None
-            out, kv_cache = attend(*own, kv_cache, step.slots, step.rows, scoring, None)
-            return latent.release(out, expansion).reshape(out.shape[0], 1, -1), kv_cache
+
+            def absorbed(
+                q: jax.Array, latents: jax.Array, kv_cache: KVCache, slots: Slots, rows: DecodeRows | PrefillTiles
+            ) -> tuple[jax.Array, KVCache]:
+                decoding, own = isinstance(rows, DecodeRows), (latent.absorb(q, expansion), latents[:, None], None)
+                run = partial(kernel.decode, items=step.items) if decoding else partial(kernel.prefill, tile=step.tile)
+                out, kv_cache = run(*own, kv_cache, slots, rows, scoring, None)
+                return latent.release(out, expansion), kv_cache
+
+            expands = step.kernel in EXPANDING and not step.deterministic
+            expanded = partial(latent.prefill, expansion=expansion, scale=spec.scale)
+            prefill = expanded if expands else absorbed
+            if isinstance(step.rows, JointRows):
+                out, kv_cache = joint.attend(prefill, absorbed, (q, latents), kv_cache, step.slots, step.rows)
+            else:
+                run = absorbed if isinstance(step.rows, DecodeRows) else prefill
+                out, kv_cache = run(q, latents, kv_cache, step.slots, step.rows)
+            return out.reshape(out.shape[0], 1, -1), kv_cache
 
         model = model_axis(q.shape[1])
         tokens, whole = PartitionSpec(None, model), PartitionSpec()

@@ -16,6 +16,7 @@ from support.tiny import (
     VOCAB,
     config,
     hybrid_runner,
+    joint_runner,
     make_engine,
     make_request,
     prompt,
@@ -71,6 +72,14 @@ def test_contiguous_is_paged(name):
     assert run(engine, wanted()) == expected
     assert run(engine, wanted()) == expected
     assert engine.scheduler.preempted == 0
+
+
+@pytest.mark.xdist_group("llama")
+def test_joint_steps():
+    paged, contiguous = runners("llama")
+    poison(contiguous)
+    assert run(make_engine(joint_runner(contiguous)), mixed(EDGES)) == alone(paged, mixed(EDGES))
+    assert any(getattr(key, "decodes", 0) for key in contiguous.programs.seconds)
 
 
 @pytest.mark.parametrize("name", MOST)

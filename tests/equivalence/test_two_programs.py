@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from support.tiny import ROWS, divided_runner, make_engine, make_request, prompt, random_runner, run
+from support.tiny import ROWS, divided_runner, joint_runner, make_engine, make_request, prompt, random_runner, run
 
 from jaxinfer.engine.runner.buckets import Needs, decode_bucket
 from jaxinfer.engine.runner.logits import programs as programs_of
@@ -47,6 +47,16 @@ def test_tokens_and_log_probabilities_are_those_of_one_program(together: bool):
     assert two == one
     assert len(jax.tree.leaves(expected)) > 50
     jax.tree.map(check_nearly_equal, found, expected)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_joint_steps_give_the_tokens_and_log_probabilities_of_two_steps(divided: bool):
+    two = divided_runner() if divided else random_runner()
+    one, expected = results(two, together=True)
+    joint, found = results(joint_runner(two), together=True)
+    assert joint == one
+    jax.tree.map(check_nearly_equal, found, expected)
+    assert any(getattr(key, "decodes", 0) and key.pending == divided for key in two.programs.seconds)
 
 
 def test_programs_of_more_stand_in_for_missing_ones():

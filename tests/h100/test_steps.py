@@ -80,7 +80,9 @@ def step(
     )
     tokens = ROWS if kind == "decode" else CHUNK
     assert program.kernel == attention_kernel
-    bucket = Bucket(kind, tokens, ROWS, WIDTH, Level.GREEDY, -1, tile=program.tile, contiguous=contiguous)
+    decodes, kind = (ROWS, "prefill") if kind == "joint" else (0, kind)
+    own = dict(tile=program.tile, contiguous=contiguous, decodes=decodes)
+    bucket = Bucket(kind, tokens, ROWS, WIDTH, Level.GREEDY, -1, **own)
     return compile_step(program, params, replace(SHAPES, contiguous=contiguous), bucket)
 
 
@@ -213,6 +215,20 @@ def test_layers_that_share_arrays_update_them_in_place(kind: str, name: str):
     check_command_buffers(compiled)
     groups = 2 if name == "alternating" else 6
     assert len(compiled.kernels) <= 11 * 12 + 16 + 5 * groups
+
+
+def test_a_joint_step_reads_its_weights_once_and_has_4_kernels_a_layer_more_than_a_prefill():
+    """Of the decodes: their part of q, k and v, attend, combine, and their outputs among those of the chunks."""
+    two, three, apart = step("joint", 2), step("joint", 3), (step("prefill", 2), step("decode", 2))
+    check_in_place(two)
+    check_command_buffers(two)
+    names = Counter(two.kernels)
+    assert names["attend"] == 4 and names["combine"] == 2
+    more = [len(step(kind, 3).kernels) - len(step(kind, 2).kernels) for kind in ("prefill", "decode")]
+    assert len(three.kernels) - len(two.kernels) <= more[0] + 4 < sum(more)
+    weights = 2 * (2 * 1024 * (1024 + 2 * 256 + 1024 + 3 * 2816) + 1024 * 32000)
+    assert two.moved_bytes < sum(one.moved_bytes for one in apart) - 0.9 * weights
+    assert two.temporary_bytes < apart[0].temporary_bytes + (2 << 20)
 
 
 def test_layers_that_share_arrays_do_so_on_several_devices():

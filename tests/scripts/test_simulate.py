@@ -46,18 +46,24 @@ def schedule_of(engine, arrivals, clock=None):
 
 
 @pytest.mark.parametrize(
-    "host",
-    [{}, {"decode_steps": 3}, {"pool_blocks": 14}, {"prefix_caching": False}],
-    ids=["default", "several decode steps", "preempting", "no prefix cache"],
+    ("host", "joint"),
+    [
+        ({}, False),
+        ({}, True),
+        ({"decode_steps": 3}, False),
+        ({"pool_blocks": 14}, False),
+        ({"prefix_caching": False}, False),
+    ],
+    ids=["default", "joint steps", "several decode steps", "preempting", "no prefix cache"],
 )
-def test_a_simulated_engine_makes_the_decisions_of_a_real_one(host, monkeypatch):
+def test_a_simulated_engine_makes_the_decisions_of_a_real_one(host, joint, monkeypatch):
     monkeypatch.setattr(trace, "HASHED", 2 * tiny.BLOCK)
     rng = np.random.default_rng(3)
     arrivals = [
         Arrival(0.0, int(rng.integers(1, 40)), int(rng.integers(1, 14)), (int(group), int(group) + 7))
         for group in rng.integers(0, 3, 14)
     ]
-    runner = tiny.random_runner()
+    runner = tiny.joint_runner(tiny.random_runner()) if joint else tiny.random_runner()
     engine = tiny.make_engine(runner, **host)
     watch = replay.Stopwatch(engine)
     monkeypatch.setattr(replay, "real", lambda e, a, real=replay.real: real(e, a, watch))
@@ -75,7 +81,8 @@ def test_a_simulated_engine_makes_the_decisions_of_a_real_one(host, monkeypatch)
     assert (outcome.preemptions > 0) == ("pool_blocks" in host)
     assert (outcome.cached > 0) == ("prefix_caching" not in host)
     assert [answer.new_tokens for answer in outcome.answers] == [one.output for one in arrivals]
-    launches = sum(bool(chunks) + steps * bool(decodes) for chunks, decodes, steps in expected)
+    both = sum(bool(chunks and decodes) for chunks, decodes, _ in expected)
+    launches = sum(bool(chunks) + steps * bool(decodes) for chunks, decodes, steps in expected) - both * joint
     assert outcome.seconds == launches, "one second for each launch, and none between them"
 
 

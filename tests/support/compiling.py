@@ -48,6 +48,10 @@ class Gate:
         future.add_done_callback(lambda _: done())
         return future
 
+    def has(self, key: Key) -> bool:
+        """Do as `Programs.has`."""
+        return key in self.ready or (key not in self.pending and not self._chosen(key))
+
     def covering(self, bucket: Bucket) -> Bucket | None:
         """Do as `Programs.covering`."""
         if not self._substitutes:

@@ -1,6 +1,7 @@
 """Tiny models with one compiled prefill and one decode bucket each, shared by engines with different host settings."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -151,6 +152,13 @@ def deterministic_runner(
     buckets = (CHUNK,) if on else (64,)
     own = dict(switched=True, prefill_buckets=buckets, capture=capture)
     return Runner(program, params, shapes_of(program, **own))
+
+
+@cache
+def joint_runner(runner: Runner) -> Runner:
+    """Return a runner of the same model, with the same programs, that runs prefills and decodes in joint steps."""
+    shapes = replace(runner.shapes, joint_buckets=((CHUNK, ROWS),))
+    return Runner(runner.program, runner.params, shapes, programs=runner.programs)
 
 
 @cache

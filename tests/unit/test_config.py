@@ -28,6 +28,7 @@ CASES = [
     ({"decode_steps": "many"}, r"decode_steps must be 'auto' or an integer in \[1, 64\], got 'many'"),
     ({"decode_steps": 0}, r"decode_steps must be 'auto' or an integer in \[1, 64\], got 0"),
     ({"decode_steps": True}, "decode_steps must be 'auto' or an integer in .* got True"),
+    ({"joint_steps": 1}, "joint_steps must be None, True or False, got 1"),
     ({"prefill_buckets": (0,)}, "prefill_buckets must be a list of positive integers"),
     ({"dtype": "int8"}, "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
     (

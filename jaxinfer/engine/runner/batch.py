@@ -52,7 +52,7 @@ class Bucket:
     items: int | None = None
     """Decode: number of work items (pieces of cached keys) that attention has room for."""
     groups: int = 1
-    """Decode: number of groups of layers with a block table that grows with the sequence."""
+    """Decode, and joint steps: number of groups of layers with a block table that grows with the sequence."""
     tile: int = TILE
     """Prefill: number of queries in a tile."""
     switched: bool = False
@@ -93,9 +93,14 @@ class Bucket:
     """Whether projections have LoRA adapters (`functional.Program.adapters`)."""
     rope_axes: int = 0
     """Number of positions that rope rotates a token by (`Features.rope_axes`); 0 for its position alone."""
+    decodes: int = 0
+    """Prefill: number of sequences, at most, that are sampled or decoded in a joint step (`runner.joint`), and of
+    places at its end for tokens of decodes; 0 for a step without decodes.
+    """
 
     def __str__(self) -> str:
         keys = "" if self.items is None else f" items={self.items}"
+        keys += f" decodes={self.decodes}" if self.decodes else ""
         keys += f" width={self.width}" if self.contiguous else ""
         keys += f" candidates={self.candidates}" if self.candidates else ""
         level = "" if self.switched else f" {self.level.name.lower()}"
@@ -139,15 +144,28 @@ class Bucket:
         names = ("tokens", "positions", "rows", "rope_lengths", *(["features"] if self.features else []))
         tokens = dict.fromkeys(names, (self.tokens,))
         return {
-            "sampling": (self.rows, WIDTH),
+            "sampling": (self.sampled, WIDTH),
             **tokens,
             "owners": (self.rows,),
             "tiles": (functional.tile_count(self.tokens, self.rows, self.tile), 4),
             "count": (),
-            "last": (self.rows,),
+            "last": (self.sampled,),
             "targets": (self.tokens if self.prompt_logprobs >= 0 else 0,),
             **seen,
+            **self._joint,
         }
+
+    @property
+    def _joint(self) -> dict[str, tuple[int, ...]]:
+        if not self.decodes:
+            return {}
+        blocks = {} if self.contiguous else {"blocks": (self.groups, self.decodes)}
+        return {"decoding": (self.decodes,), **blocks}
+
+    @property
+    def sampled(self) -> int:
+        """Number of rows of logits."""
+        return self.decodes or self.rows
 
     @property
     def segments(self) -> int:
@@ -260,7 +278,7 @@ def prefill_parts(plan: Plan, bucket: Bucket, params: np.ndarray) -> dict[str, n
     parts["owners"][: len(chunks)] = [c.sequence.row for c in plan.chunks]
     rows = np.array([s.row for _, s in plan.samples], np.int32)
     positions = np.array([s.prefilled for _, s in plan.samples], np.int32)
-    parts["sampling"] = sampling_rows(params, rows, np.arange(len(rows)), positions, bucket.rows)
+    parts["sampling"] = sampling_rows(params, rows, np.arange(len(rows)), positions, bucket.sampled)
     targets = np.full(bucket.shapes["targets"], -1, np.int32)
     for span, chunk in zip(spans(plan), plan.chunks, strict=True):
         if wants_prompt_logprobs(chunk):

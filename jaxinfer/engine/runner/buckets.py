@@ -135,20 +135,36 @@ def decode_bucket(program: Program, shapes: Shapes, rows: int, reads: int, needs
         own["width"] = least([*_widths(shapes)], reads)
     elif xla:
         own["items"] = shapes.items_bucket(rows, reads)
-    groups = kv_groups.count(kv_groups.own(program.layout.kinds))
     return _bucket(
         shapes,
         "decode",
         rows,
         rows,
         needs,
-        groups=groups,
+        groups=_grown(program),
         cross=program.cross is not None,
         states=bool(program.layout.states),
         adapters=program.adapters,
         rope_axes=rope_axes(program),
         **own,
     )
+
+
+def joint_bucket(
+    program: Program, shapes: Shapes, tokens: int, decodes: int, samples: int, needs: Needs
+) -> Bucket | None:
+    """Return the bucket of the joint step of `tokens` tokens of chunks, `samples` after these, and `decodes`.
+
+    None if there is none with room for them, or if the chunks alone need a smaller bucket: decodes take the places of
+    padding, and cost no product more.
+    """
+    size = least(shapes.prefill_buckets, tokens)
+    fitting = (most for total, most in shapes.joint_buckets if total == size and decodes + samples <= most)
+    rows = next(fitting, 0)
+    if not rows or tokens + decodes > size:
+        return None
+    bucket = prefill_bucket(program, shapes, tokens, needs)
+    return replace(bucket, decodes=rows, groups=_grown(program), prompt_logprobs=-1)
 
 
 def mixed_bucket(program: Program, shapes: Shapes) -> Mixed:
@@ -162,7 +178,7 @@ def mixed_bucket(program: Program, shapes: Shapes) -> Mixed:
         head_rows=HEAD_ROWS if shapes.switched else shapes.rows,
         sampled_rows=SAMPLED_ROWS if shapes.switched else shapes.rows,
         tile=program.tile,
-        groups=kv_groups.count(kv_groups.own(program.layout.kinds)),
+        groups=_grown(program),
         switched=shapes.switched,
         features=program.features is not None,
         rope_axes=rope_axes(program),
@@ -208,6 +224,11 @@ def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **o
     return Bucket(kind, tokens, rows, **own, level=can.level, logprobs=can.logprobs, prompt_logprobs=prompt)
 
 
+def _grown(program: Program) -> int:
+    """Return the number of groups of layers with a block table that grows with the sequence."""
+    return kv_groups.count(kv_groups.own(program.layout.kinds))
+
+
 def covers(bucket: Bucket, other: Bucket) -> bool:
     """Return whether a decode step can do all that another one does, perhaps with more padding or an idle sampler."""
     if bucket.kind != "decode" or bucket.pending or (bucket.level >= Level.EDITED > other.level):
@@ -238,16 +259,24 @@ def all_buckets(program: Program, shapes: Shapes, sampling: Collection[str] = SA
         for tokens in shapes.verify_buckets
         for needs in mixtures
     }
+    found |= {
+        joint_bucket(program, shapes, tokens, 0, rows, needs._replace(prompt_logprobs=False))
+        for tokens, rows in shapes.joint_buckets
+        for needs in mixtures
+    }
     return sorted(found, key=lambda b: (b.tokens, b.items or 0, b.width, b.level, b.logprobs), reverse=True)
 
 
 def largest_buckets(program: Program, shapes: Shapes) -> list[Bucket]:
-    """Return the prefill and the decode step of the most tokens that do all that rows may ask for but beam searches."""
+    """Return the largest prefill, decode and joint step that do all that rows may ask for but beam searches."""
     needs, rows = Needs(max(Level), shapes.max_logprobs, True), shapes.decode_buckets[-1]
     *_, reads = _read_sizes(shapes, rows)
+    tokens, sampling = shapes.prefill_buckets[-1], needs._replace(prompt_logprobs=False)
+    joint = [joint_bucket(program, shapes, size, 0, most, sampling) for size, most in shapes.joint_buckets[-1:]]
     return [
-        prefill_bucket(program, shapes, shapes.prefill_buckets[-1], needs),
-        decode_bucket(program, shapes, rows, reads, needs._replace(prompt_logprobs=False)),
+        prefill_bucket(program, shapes, tokens, needs),
+        decode_bucket(program, shapes, rows, reads, sampling),
+        *(bucket for bucket in joint if bucket is not None),
     ]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.request import Sequence as Sample
 from jaxinfer.engine.runner import batch as batches
-from jaxinfer.engine.runner import steered
+from jaxinfer.engine.runner import joint, steered
 from jaxinfer.engine.runner.batch import Bucket
 from jaxinfer.engine.runner.buckets import (
     TABLE_WIDTHS,
@@ -23,6 +23,7 @@ from jaxinfer.engine.runner.buckets import (
     encode_pieces,
     encode_shape,
     encode_steps,
+    joint_bucket,
     least,
     mixed_bucket,
     prefill_bucket,
@@ -70,38 +71,70 @@ class Launch:
     key: Key
     arrays: tuple[np.ndarray, ...]
     step: Step | None = None
-    """For prefill and decode programs, and of a mixed step for its chunks."""
+    """For prefill and decode programs, and of a mixed or joint step for its chunks."""
     decodes: Step | None = None
-    """For a mixed step's decodes."""
+    """For a mixed or joint step's decodes."""
 
 
 class Packer:
     """Packer of a model's plans (`program`) into the inputs of steps of these shapes."""
 
-    def __init__(self, program: Program, shapes: Shapes, substitute: Callable[[Bucket], Bucket]):
+    def __init__(
+        self,
+        program: Program,
+        shapes: Shapes,
+        substitute: Callable[[Bucket], Bucket],
+        has: Callable[[Sequence[Key]], bool],
+    ):
         """Pack for a model.
 
         Args:
             program, shapes: the model's program and step shapes.
             substitute: returns the decode program to run in place of one that may not be compiled yet.
+            has: returns whether the programs of a joint step may be used.
         """
-        self._program, self._shapes, self._substitute = program, shapes, substitute
+        self._program, self._shapes, self._substitute, self._has = program, shapes, substitute, has
         edits = abstract_edits(program, shapes)
         self._history_length, self._vocab = edits.history.shape[1], edits.bias.shape[1]
 
+    def encodes(self, plan: Plan) -> list[Launch]:
+        """Return the launches of a plan's encoders."""
+        pool = self._encodes(plan) if plan.encodes else ()
+        return [*pool, *(self._encodes_cross(plan.reads) if plan.reads else ())]
+
     def prefill(self, plan: Plan, params: RowParams) -> list[Launch]:
-        """Return the launches of a plan's encoders and chunks; those of a deterministic engine belong to `decodes`.
+        """Return the launches of a plan's chunks; those of a deterministic engine belong to `decodes`.
 
         The rows' sampling parameters `params` are updated to those of the plan's sequences.
         """
-        launches: list[Launch] = []
-        if plan.encodes:
-            launches += self._encodes(plan)
-        if plan.reads:
-            launches += self._encodes_cross(plan.reads)
-        if plan.chunks and not self._program.deterministic:
-            launches += self._prefill(plan, params)
-        return launches
+        return self._prefill(plan, params) if plan.chunks and not self._program.deterministic else []
+
+    def joint(self, plan: Plan, tables: Tables, params: RowParams) -> list[Launch]:
+        """Return the launches of a plan's chunks and decodes as one step; none if they are two steps.
+
+        `params` are updated as in `prefill`.
+        """
+        if not self._shapes.joint_buckets or not joint.serves(plan):
+            return []
+        samples, tokens = [s for _, s in plan.samples], sum(chunk.count for chunk in plan.chunks)
+        everyone, count = [*samples, *plan.decodes], len(plan.decodes)
+        rows = np.array([s.row for s in everyone], np.int32)
+        positions = np.append(np.array([s.prefilled for s in samples], np.int32), plan.positions + 1)
+        params.write(samples)
+        params.update_levels(everyone, positions)
+        needs = params.needs(rows)
+        if needs.candidates or params.structured[rows].any():
+            return []
+        bucket = joint_bucket(self._program, self._shapes, tokens, count, len(samples), needs)
+        if bucket is None or not self._has(programs_of(self._shapes, bucket)):
+            return []
+        edits = self._edits(everyone, positions.tolist(), params) if needs.level >= Level.EDITED else ()
+        parts = joint.joint_parts(plan, bucket, tables, params.packed)
+        own, total, experts = np.arange(count) - count, tokens + count, self._experts
+        step = Step(samples, np.arange(len(samples)), needs, total, first=True, capture=experts)
+        indices, places = bucket.decodes + own, bucket.tokens + own
+        decodes = Step(plan.decodes, indices, needs, total, first=False, places=places, capture=experts)
+        return [*edits, *self._launches(bucket, parts, step, decodes=decodes)]
 
     def decodes(self, plan: Plan, tables: Tables, params: RowParams) -> list[Launch]:
         """Return the launches of a plan's decode steps, or of all steps of a deterministic engine."""
@@ -247,14 +280,21 @@ class Packer:
         return bucket if params.structured[rows].any() else self._substitute(bucket)
 
     def _launches(
-        self, bucket: Bucket, parts: Mapping[str, np.ndarray], step: Step, *, masked: bool = False
+        self,
+        bucket: Bucket,
+        parts: Mapping[str, np.ndarray],
+        step: Step,
+        *,
+        masked: bool = False,
+        decodes: Step | None = None,
     ) -> list[Launch]:
         """Return the launches of a step: the first takes its arrays, and a second one samples from its logits.
 
         With `masked`, the latter takes the rows' masks, which are computed when it is dispatched.
         """
         first, *rest = programs_of(self._shapes, bucket, masked=masked)
-        return [Launch(first, (batches.pack(first, parts),), step), *(Launch(key, (), step) for key in rest)]
+        own = Launch(first, (batches.pack(first, parts),), step, decodes)
+        return [own, *(Launch(key, (), step, decodes) for key in rest)]
 
     def _update_levels(
         self, samples: Sequence[Sample], rows: np.ndarray, positions: np.ndarray, params: RowParams

@@ -82,9 +82,9 @@ class SampleLogits:
 def logit_rows(shapes: Shapes, bucket: Bucket) -> int:
     """Return S, the number of rows of logits that a pending step of this bucket returns: one of a few."""
     if shapes.switched:
-        return bucket.rows
-    most = max(shapes.rows, shapes.prefill_rows)
-    return next((size for size in (*(size for size in SIZES if size < most), most) if size >= bucket.rows), bucket.rows)
+        return bucket.sampled
+    rows, most = bucket.sampled, max(shapes.rows, shapes.prefill_rows)
+    return next((size for size in (*(size for size in SIZES if size < most), most) if size >= rows), rows)
 
 
 def divided(shapes: Shapes, bucket: Bucket, *, masked: bool = False) -> tuple[Bucket, SampleLogits]:

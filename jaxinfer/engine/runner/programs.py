@@ -120,6 +120,10 @@ class Programs:
         """Return a program, compiling it if needed. A compilation error is raised in all waiting threads."""
         return self._ready.get(key) or self._make(key)
 
+    def has(self, key: Key) -> bool:
+        """Return whether a program is compiled."""
+        return key in self._ready
+
     def captured(self, paths: Sequence[str]) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shapes and dtypes `[T, ...]` of the outputs of modules, by tracing a step.
 

@@ -74,7 +74,9 @@ class Runner:
         """Number of steps with masks so far, and of those whose logits waited for the masks."""
         self.mask_seconds = 0.0
         """Seconds that computing masks has taken so far."""
-        self._packer = Packer(program, shapes, self._substitute)
+        self._packer = Packer(program, shapes, self._substitute, self._has_joint)
+        self._wanted: Sequence[Key] = ()
+        """Programs of a joint step that the plan being packed could have used."""
         self._abstract_cache = abstract_cache(program, shapes)
         self._replicated = replicated(program)
         self.reset()
@@ -153,15 +155,21 @@ class Runner:
                 wait for them; takes the prefill back and returns what is left of the plan.
         """
         packer, params, entries = self._packer, self.row_params, tables.take_unsent()
-        prefill = packer.prefill(plan, params)
-        if plan.decodes and plan.chunks and (missing := self._missing([*packer.tables(entries), *prefill])):
-            plan, prefill = postpone(missing), []
-            entries = entries[:, np.isin(entries[1], tables.used())]
-        before = [*packer.copies(*plan.copies), *packer.tables(entries), *prefill]
-        launches = [*before, *packer.decodes(plan, tables, params)]
+        encodes, steps, self._wanted = packer.encodes(plan), [], ()
+        both = plan.decodes and plan.chunks
+        if both and self.shapes.joint_buckets and not self._missing([*packer.tables(entries), *encodes]):
+            steps = packer.joint(plan, tables, params)
+        if not steps:
+            prefill = packer.prefill(plan, params)
+            if both and (missing := self._missing([*packer.tables(entries), *encodes, *prefill])):
+                plan, encodes, prefill = postpone(missing), [], []
+                entries = entries[:, np.isin(entries[1], tables.used())]
+            steps = [*prefill, *packer.decodes(plan, tables, params)]
+        launches = [*packer.copies(*plan.copies), *packer.tables(entries), *encodes, *steps]
         flight = Flight(plan, launches, self._missing(launches))
         if not flight.compilations:
             self.dispatch(flight)
+            self._start(self._wanted)
         return flight
 
     def missing_to_decode(self, samples: Sequence[Sample], rows: np.ndarray, tables: Tables) -> Compilations:
@@ -217,6 +225,16 @@ class Runner:
             return bucket
         return self.programs.covering(bucket) or bucket
 
+    def _has_joint(self, keys: Sequence[Key]) -> bool:
+        """Return whether the programs of a joint step are compiled, or compiled by their launch.
+
+        If not, they are compiled aside once a plan that could use them runs as two steps.
+        """
+        if self.compiled_aside is None or all(map(self.programs.has, keys)):
+            return True
+        self._wanted = keys if self.programs.failed.isdisjoint(keys) else ()
+        return False
+
     def dispatch(self, flight: Flight) -> None:
         """Dispatch the launches of a plan.
 
@@ -233,7 +251,7 @@ class Runner:
             result = self._run_launch(launch)
             if result is not None:
                 flight.results.append(result)
-            if launch.decodes is not None:
+            if result is not None and launch.decodes is not None:
                 flight.results.append(of_decodes(result, launch.decodes))
 
     def sample_pending(self, flight: Flight) -> None:

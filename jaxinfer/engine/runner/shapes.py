@@ -52,6 +52,9 @@ class Shapes:
     """Numbers of tokens of the steps that verify drafts; empty without speculative decoding."""
     draft_tokens: int = 0
     """Maximum number of tokens that a draft model makes at once; 0 without one."""
+    joint_buckets: tuple[tuple[int, int], ...] = ()
+    """Tokens, and sequences sampled after prompts or decoded, of joint steps (`runner.joint`), ascending; empty if
+    prefills and decodes are always steps of their own."""
 
     @property
     def regions(self) -> Regions:

@@ -22,6 +22,7 @@ from jaxinfer.engine.runner.device_state import (
     replicated,
     shardings,
 )
+from jaxinfer.engine.runner.joint_step import take_decodes
 from jaxinfer.engine.runner.logits import logits_shardings, pending_logits
 from jaxinfer.engine.runner.mixed import Mixed
 from jaxinfer.engine.runner.shapes import Shapes
@@ -145,6 +146,7 @@ def prefill_step(
 ) -> tuple[Any, ...]:
     """Prefill chunks, and sample a token for each sequence whose prompt is complete.
 
+    A joint step decodes a token for other sequences as well (`runner.joint`).
     A step that verifies drafts computes the last token of each sequence and those of its draft, and samples a token
     after each of them.
 
@@ -159,6 +161,8 @@ def prefill_step(
     packed, targets, owners = parts.pop("sampling"), parts.pop("targets"), parts.pop("owners")
     if bucket.states:
         parts["states"] = Segments(*parts["states"])
+    if bucket.decodes:
+        rows, owners = take_decodes(bucket, parts, rows, owners, cache[0].keys.shape[2])
     tables = reserved(program, bucket, cache, rows, owners) if bucket.contiguous else rows.tables[:, owners]
     taps = Taps(bucket.capture, steered.added(bucket, parts))
     batch = PrefillBatch(**parts, tables=tables, tile=bucket.tile)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from jaxinfer.config import CONTIGUOUS, EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.functional import Program
+from jaxinfer.kernels.attention import choose as attention
 from jaxinfer.kernels.matmul import choose as matmul
 from jaxinfer.kv.groups import full_group
 from jaxinfer.speculative_config import DRAFT_MODEL
@@ -22,6 +23,13 @@ CPU_VERIFY, GPU_VERIFY = (2, 4, 8, 16), (16, 64)
 """Tokens of steps that verify drafts. More tokens would take longer than the decode steps that they save."""
 GPU_DECODE, GPU_PREFILL = (1, 8, 32), (256, 512)
 """Smallest buckets in tokens. On a GPU any small step takes as long as reading the weights."""
+CPU_FEW, GPU_FEW = 16, 64
+"""Sequences of the smaller joint steps; the larger have room for all rows. Head and sampler compute all of them, so
+that with 64 for 16 a joint step on a CPU saves half as much."""
+LEAST_JOINT = 4
+"""Least number of tokens of a joint step for each of its sequences. It bounds the number of programs."""
+LIGHT = 64 << 20
+"""Bytes of weights on a CPU below which reading them twice costs too little to compile joint steps for."""
 
 
 def decode_buckets(program: Program, config: EngineConfig, rows: int, *, gpu: bool) -> tuple[int, ...]:
@@ -64,6 +72,38 @@ def verify_buckets(program: Program, config: EngineConfig, rows: int, *, gpu: bo
     most = min(GPU_VERIFY[-1] if gpu else CPU_VERIFY[-1], rows * (speculative.num_speculative_tokens + 1))
     sizes = [size for size in (GPU_VERIFY if gpu else CPU_VERIFY) if size < most]
     return (*sizes, most)
+
+
+def joint_buckets(
+    program: Program, config: EngineConfig, rows: int, tokens: Sequence[int], weights: int | None, *, gpu: bool
+) -> tuple[tuple[int, int], ...]:
+    """Return tokens and sequences of the joint steps; none where they are not wanted or do not pay.
+
+    Args:
+        program, config: model and settings.
+        rows: maximum number of running sequences.
+        tokens: the prefill buckets.
+        weights: bytes of the parameters; None for many.
+        gpu: whether the steps are for GPUs.
+
+    Raises:
+        ConfigError: joint steps are requested, and the model or another setting does not support them.
+    """
+    reasons = {
+        "deterministic=True, which has a step of its own for both": config.deterministic,
+        f"attention_kernel {program.kernel!r}": program.kernel not in (attention.NATIVE, attention.TRITON),
+        "a model with recurrent layers": bool(program.layout.states),
+        "a model with an encoder for cross-attention": program.cross is not None,
+        "a draft model, which prefills with the model": program.draft is not None,
+    }
+    found = next((reason for reason, holds in reasons.items() if holds), None)
+    if config.joint_steps and found:
+        raise ConfigError(f"joint_steps=True does not support {found}; leave it out")
+    light = not gpu and weights is not None and weights < LIGHT
+    if found or config.joint_steps is False or (light and config.joint_steps is None):
+        return ()
+    sizes = sorted({min(GPU_FEW if gpu else CPU_FEW, rows), rows})
+    return tuple((size, most) for size in tokens for most in sizes if most * LEAST_JOINT <= size)
 
 
 def encode_buckets(program: Program, largest: int, *, gpu: bool) -> tuple[int, ...]:

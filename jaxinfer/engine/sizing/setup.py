@@ -21,6 +21,7 @@ from jaxinfer.engine.sizing.bucket_sizes import (
     cross_buckets,
     decode_buckets,
     encode_buckets,
+    joint_buckets,
     prefill_buckets,
     verify_buckets,
 )
@@ -125,7 +126,8 @@ def _size(
     params, draft_params = weights
 
     def choose(budget: Budget) -> Shapes:
-        return replace(choose_shapes(model, program, config, budget), sampled_vocab=min(vocab, program.vocab))
+        made = choose_shapes(model, program, config, budget, weights=memory.device_bytes(params))
+        return replace(made, sampled_vocab=min(vocab, program.vocab))
 
     budget, device = default_budget(program, config), None
     if config.kv_cache_memory_bytes is None:
@@ -141,7 +143,13 @@ def _size(
 
 
 def choose_shapes(
-    model: ModelConfig, program: Program, config: EngineConfig, budget: Budget, *, platform: str | None = None
+    model: ModelConfig,
+    program: Program,
+    config: EngineConfig,
+    budget: Budget,
+    *,
+    platform: str | None = None,
+    weights: int | None = None,
 ) -> Shapes:
     """Choose the shapes of the compiled steps from the settings, the model and the cache's budget.
 
@@ -150,6 +158,7 @@ def choose_shapes(
         config: engine settings.
         budget: memory for the cache.
         platform: of the devices that the shapes are for, "cpu" or "gpu"; by default the mesh's.
+        weights: bytes of the parameters on a device; None for many.
     """
     gpu = (platform or _platform(program)) != "cpu"
     rows, tokens = _step_sizes(config, gpu=gpu)
@@ -164,13 +173,14 @@ def choose_shapes(
         num_blocks = rows * program.layout.groups * math.ceil(max(length, read) / block)
     else:
         num_blocks, length = _pool(program, config, rows, longest, read, tokens, budget)
+    prefills = prefill_buckets(program, config, tokens, gpu=gpu)
     return Shapes(
         num_blocks=num_blocks,
         block_size=block,
         rows=rows,
         width=math.ceil(max(length, read) / block),
         decode_buckets=decode_buckets(program, config, rows, gpu=gpu),
-        prefill_buckets=prefill_buckets(program, config, tokens, gpu=gpu),
+        prefill_buckets=prefills,
         prefill_rows=min(rows, 64 if gpu else 16),
         max_logprobs=config.max_logprobs,
         max_length=length,
@@ -186,6 +196,7 @@ def choose_shapes(
         capture=_capture(config),
         verify_buckets=verify_buckets(program, config, rows, gpu=gpu),
         draft_tokens=0 if program.draft is None else config.speculative_config.num_speculative_tokens,
+        joint_buckets=joint_buckets(program, config, rows, prefills, weights, gpu=gpu),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 TESTS = Path(__file__).resolve().parents[3] / "tests"
 ROWS, POSITIONS, BLOCK, CHUNK = 8, 4096, 16, 2048
 """Number of sequences; their maximum length; positions per block; tokens of a prefill."""
+STEPS = ["decode", "prefill", "joint"]
 SHAPES = {"0.25B": "LLAMA_250M", "8B": "LLAMA_8B"}
 COLUMNS = (
     "model",
@@ -34,7 +35,7 @@ def main(words: Sequence[str]) -> int:
     """Print the table, each line as soon as it is available."""
     parser = argparse.ArgumentParser(prog="bench.py compiled", description=__doc__)
     parser.add_argument("--model", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--step", nargs="+", choices=["decode", "prefill"], default=["decode", "prefill"])
+    parser.add_argument("--step", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--tp", nargs="+", type=int, default=[1, 4, 8], help="GPUs")
     parser.add_argument("--layers", type=int, help="of each model; by default its own")
     args = parser.parse_args(words)
@@ -102,7 +103,7 @@ def lower_step(
 
     Args:
         hf: contents of config.json.
-        step: "decode" or "prefill".
+        step: one of `STEPS`.
         tp: number of devices.
         fuse_projections: as in `EngineConfig`.
         rows: number of sequences.
@@ -112,7 +113,7 @@ def lower_step(
         sys.path.insert(0, str(TESTS))
     from support import lowering  # the only code that compiles without a device
 
-    from jaxinfer.engine.runner.buckets import Needs, decode_bucket, prefill_bucket
+    from jaxinfer.engine.runner.buckets import Needs, decode_bucket, joint_bucket, prefill_bucket
     from jaxinfer.engine.runner.logits import programs as programs_of
     from jaxinfer.engine.runner.lowering import lower
     from jaxinfer.engine.runner.shapes import Shapes
@@ -133,9 +134,12 @@ def lower_step(
         sampled_vocab=program.vocab,
         groups=program.layout.groups,
         state_slots=4 * rows if program.layout.states else 0,
+        joint_buckets=((chunk, rows),),
     )
     if step == "decode":
         bucket = decode_bucket(program, shapes, rows, 0, Needs())
+    elif step == "joint":
+        bucket = joint_bucket(program, shapes, chunk - rows, rows, 0, Needs())
     else:
         bucket = prefill_bucket(program, shapes, chunk, Needs())
     lowered = lower(programs_of(shapes, bucket)[0], program, shapes, params, None)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import product, starmap
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from support.tiny import CONFIG, shapes
 
+from jaxinfer.config import EngineConfig
 from jaxinfer.engine.runner.batch import Bucket
 from jaxinfer.engine.runner.buckets import (
     SAMPLING,
@@ -16,17 +18,26 @@ from jaxinfer.engine.runner.buckets import (
     all_buckets,
     copy_widths,
     decode_bucket,
+    joint_bucket,
     prefill_bucket,
     read_size,
 )
 from jaxinfer.engine.runner.logits import SampleLogits
 from jaxinfer.engine.runner.programs import Programs
 from jaxinfer.engine.sampling.sampling_rows import Level
+from jaxinfer.engine.sizing.bucket_sizes import joint_buckets
+from jaxinfer.errors import ConfigError
 from jaxinfer.functional import Program, split
 from jaxinfer.loading import weights
 from jaxinfer.sharding import make_mesh
 
-SIZES = shapes(rows=20, decode_buckets=(4, 8, 20), prefill_buckets=(16, 48), switched=False)
+SIZES = shapes(
+    rows=20,
+    decode_buckets=(4, 8, 20),
+    prefill_buckets=(16, 48),
+    joint_buckets=((48, 5), (48, 12)),
+    switched=False,
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +65,7 @@ def test_every_bucket_of_a_plan_is_among_all_buckets(program, kernel, switched, 
         most = sizes.width * sizes.block_size // 128
         read_sizes = {n: range(1, sizes.width + 1) if contiguous else range(n, n * most + 1) for n in range(1, 21)}
         met |= {decode_bucket(program, sizes, n, k, own) for n, reads in read_sizes.items() for k in reads}
+        met |= {joint_bucket(program, sizes, 30, n, 1, own) for n in range(1, 12)}
     assert met == known
 
 
@@ -71,7 +83,7 @@ def test_a_bucket_supports_the_needed_features(program):
 
 def test_layers_are_compiled_once_for_each_size_and_samplers_for_few_numbers_of_rows(program):
     """Ten variants of the sampler for each of three numbers of rows, whatever the sizes of steps."""
-    sizes = dict(decode_buckets=(1, 8, 32, 64, 128, 256), prefill_buckets=(256, 512, 1024, 2048))
+    sizes = dict(decode_buckets=(1, 8, 32, 64, 128, 256), prefill_buckets=(256, 512, 1024, 2048), joint_buckets=())
     sizes = replace(SIZES, rows=256, prefill_rows=64, **sizes)
     keys = Programs(replace(program, kernel="native"), sizes, []).keys()
     buckets = [key for key in keys if isinstance(key, Bucket)]
@@ -84,8 +96,39 @@ def test_layers_are_compiled_once_for_each_size_and_samplers_for_few_numbers_of_
         assert bucket.logit_rows == min(rows for rows in (8, 64, 256) if rows >= bucket.rows)
 
 
+def test_decodes_of_a_joint_step_take_places_of_padding(program):
+    """Not a larger bucket than the chunks need, and no more sequences than there are rows of logits."""
+    fits = partial(joint_bucket, program, SIZES, needs=Needs())
+    assert fits(tokens=40, decodes=8, samples=4).decodes == 12 and fits(tokens=40, decodes=4, samples=1).decodes == 5
+    assert fits(tokens=40, decodes=9, samples=0) is None, "49 tokens"
+    assert fits(tokens=15, decodes=2, samples=0) is None, "17 tokens, where chunks alone need 16"
+    assert fits(tokens=30, decodes=12, samples=1) is None, "13 sequences"
+    assert fits(tokens=10, decodes=2, samples=1) is None, "no joint step has 16 tokens"
+
+
+def test_joint_steps_are_compiled_where_they_pay(program):
+    """For two numbers of sequences, each with at least four tokens; not where weights are read fast anyway."""
+    native, tokens, heavy = replace(program, kernel="native"), (32, 64, 256, 512), 64 << 20
+
+    def found(program=native, weights=heavy, gpu=False, rows=64, **settings):
+        return joint_buckets(program, EngineConfig(**settings), rows, tokens, weights, gpu=gpu)
+
+    assert found() == found(weights=None) == ((64, 16), (256, 16), (256, 64), (512, 16), (512, 64))
+    assert found(rows=8) == ((32, 8), (64, 8), (256, 8), (512, 8)) == found(rows=8, weights=1, gpu=True)
+    assert found(weights=heavy - 1) == () == found(joint_steps=False)
+    assert found(weights=1, joint_steps=True) == found()
+    assert found(replace(native, kernel="triton"), gpu=True, rows=128) == ((256, 64), (512, 64), (512, 128))
+    for program, settings, reason in (
+        (replace(native, kernel="xla"), {}, "attention_kernel 'xla'"),
+        (native, {"deterministic": True}, "deterministic=True"),
+    ):
+        assert found(program, **settings) == ()
+        with pytest.raises(ConfigError, match=f"joint_steps=True does not support {reason}.*; leave it out"):
+            found(program, joint_steps=True, **settings)
+
+
 def test_a_switched_bucket_has_one_program(program):
-    sizes = replace(SIZES, switched=True)
+    sizes = replace(SIZES, switched=True, joint_buckets=())
     native = replace(program, kernel="native")
     assert len(all_buckets(native, sizes)) == len(sizes.decode_buckets) + len(sizes.prefill_buckets)
 
