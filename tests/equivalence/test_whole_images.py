@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.cases import GREEDY, SEEDED
 from support.qwen3_vl import image, request, runner
-from support.tiny import BLOCK, LENGTH, ROWS, make_engine, run
+from support.tiny import BLOCK, LENGTH, ROWS, joint_runner, make_engine, run
 
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.runner.runner import Runner
@@ -40,12 +40,13 @@ def alone() -> list[list[list[int]]]:
     return expected(requests())
 
 
-@pytest.mark.parametrize("budget", [3, 7, 16])
-def test_a_mixed_batch_in_chunks_that_cut_images(budget):
-    engine = make_engine(runner(), budget=budget)
+@pytest.mark.parametrize(("budget", "joint"), [(3, False), (7, False), (16, False), (16, True)])
+def test_a_mixed_batch_in_chunks_that_cut_images(budget, joint):
+    engine = make_engine(joint_runner(runner()) if joint else runner(), budget=budget)
     assert run(engine, requests()) == alone()
     engine.scheduler.encoder_cache.check()
     assert engine.scheduler.encoder_cache.pool.num_pinned == 0 and not engine.scheduler.encoder_cache.rows
+    assert not joint or any(getattr(key, "decodes", 0) for key in runner().programs.seconds)
 
 
 def test_results_depend_on_the_image_and_on_its_grid():
