@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 from support import checkpoint, four_bits
 from support.cases import poison
-from support.tiny import BLOCK, VOCAB, config, make_engine, make_request, prompt, run, shapes_of
+from support.tiny import BLOCK, VOCAB, config, joint_runner, make_engine, make_request, prompt, run, shapes_of
 
 from jaxinfer import functional
 from jaxinfer.adapter import Adapter, find
@@ -31,6 +31,7 @@ RANKS = {"first": 4, "second": 2}
 GREEDY = SamplingParams(temperature=0, max_tokens=9)
 PREFIX = prompt(3 * BLOCK, 8)
 EACH = (None, "first", "second", None, "first")
+SETTINGS = dict(), dict(budget=5), dict(pool_blocks=12), dict(decode_steps=4)
 
 
 class Loaded(NamedTuple):
@@ -155,7 +156,9 @@ def request(name: str, own: Adapter | None, tokens: list[int] = PREFIX, **fields
 
 
 def test_each_request_has_its_own_adapter():
-    """In a batch of different adapters, in chunks, after preemptions, and with cached prefixes: as the merged model."""
+    """In a batch of different adapters, in chunks, after preemptions, with cached prefixes, in joint steps: as the merged
+    model.
+    """
     runner, loaded, made = served()
     by_name = loaded.table.by_name
     expected = {}
@@ -164,9 +167,10 @@ def test_each_request_has_its_own_adapter():
         expected[name] = run(make_engine(runner), [request("a", None)])[0]
     loaded.merge({}, 0)
     assert len({str(tokens) for tokens in expected.values()}) == 3
-    for settings in (dict(), dict(budget=5), dict(pool_blocks=12), dict(decode_steps=4)):
-        engine = make_engine(runner, **settings)
-        poison(runner)
+    both = joint_runner(runner)
+    for one, settings in (*((runner, own) for own in SETTINGS), (both, dict(budget=7))):
+        engine = make_engine(one, **settings)
+        poison(one)
         for _ in range(2):
             wanted = [request(str(i), by_name.get(name)) for i, name in enumerate(EACH)]
             assert run(engine, wanted) == [expected[name] for name in EACH]
