@@ -94,7 +94,7 @@ def joint_buckets(
         f"attention_kernel {program.kernel!r}": program.kernel not in (attention.NATIVE, attention.TRITON),
         "a model with recurrent layers": bool(program.layout.states),
         "a model with an encoder for cross-attention": program.cross is not None,
-        "a draft model, which prefills with the model": program.draft is not None,
+        "a draft model": program.draft is not None,
     }
     found = next((reason for reason, holds in reasons.items() if holds), None)
     if config.joint_steps and found:
