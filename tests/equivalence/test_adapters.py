@@ -156,7 +156,7 @@ def request(name: str, own: Adapter | None, tokens: list[int] = PREFIX, **fields
 
 
 def test_each_request_has_its_own_adapter():
-    """In a batch of different adapters, in chunks or joint steps, preempted, with cached prefixes: as merged weights."""
+    """In a batch of several adapters, in chunks or joint steps, preempted, with cached prefixes: as merged weights."""
     runner, loaded, made = served()
     by_name = loaded.table.by_name
     expected = {}
