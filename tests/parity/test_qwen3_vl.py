@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 from support import loaded, qwen3_vl
 from support.internvl import PLACEHOLDER, feature_index, noise, words
@@ -23,8 +25,10 @@ import transformers
 client = pytest.importorskip("starlette.testclient", reason="the server's route; it comes with the extra `serve`")
 
 from jaxinfer import LLM, AsyncLLM, SamplingParams, functional
+from jaxinfer.errors import CheckpointError
 from jaxinfer.functional.encoder_batch import EncodeJob, EncodeShape, encode_batch
 from jaxinfer.loading import weights
+from jaxinfer.loading.update import WeightTable
 from jaxinfer.media import EncoderInput, ImageProcessor, MediaReader
 from jaxinfer.media.rope_positions import RopePositions
 from jaxinfer.models.base import FeatureRows
@@ -39,7 +43,9 @@ Model = transformers.Qwen3VLForConditionalGeneration
 def reference(**changes: Any) -> Model:
     """A tiny model with random weights; no bias, norm or scale is neutral."""
     hf = qwen3_vl.config(**changes)
-    made = Model(transformers.Qwen3VLConfig.from_dict(hf, attn_implementation="eager")).float().eval()
+    kind = "Qwen3VLMoe" if "num_experts" in hf["text_config"] else "Qwen3VL"
+    config = getattr(transformers, f"{kind}Config").from_dict(hf, attn_implementation="eager")
+    made = getattr(transformers, f"{kind}ForConditionalGeneration")(config).float().eval()
     generator = np.random.default_rng(0)
     with torch.no_grad():
         for name, value in made.named_parameters():
@@ -131,7 +137,15 @@ CASES = {
         ),
         {"activation": lambda model: [setattr(b.mlp, "act_fn", torch.nn.GELU()) for b in model.model.visual.blocks]},
     ),
-    "no taps": Case(dict(vision=dict(deepstack_visual_indexes=[]))),
+    "experts, no taps": Case(
+        dict(
+            vision=dict(deepstack_visual_indexes=[]),
+            text=dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, model_type="qwen3_vl_moe_text"),
+            architectures=["Qwen3VLMoeForConditionalGeneration"],
+            model_type="qwen3_vl_moe",
+        ),
+        {"router": lambda model: [layer.mlp.gate.weight.data.zero_() for layer in model.model.language_model.layers]},
+    ),
 }
 SHOWN = [image(2, 3, 1), image(3, 1, 2), image(1, 4, 3)]
 PARTS = [[3, SHOWN[0], 5, SHOWN[1], 2], [9], [SHOWN[2], SHOWN[1]], [1, SHOWN[2], 2, SHOWN[0]]]
@@ -170,6 +184,23 @@ def test_logits_at_every_position_equal_transformers(name, tmp_path):
     whole = expected()
     for ours, theirs in zip([found[0], found[1], found[3]], whole, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+    if "experts" in name:
+        own = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+        published = {
+            key: np.ascontiguousarray(value.swapaxes(1, 2)) if ".experts." in key else value
+            for key, value in own.items()
+        }
+        (tmp_path / "published").mkdir()
+        shutil.copy(tmp_path / "config.json", tmp_path / "published")
+        safetensors.numpy.save_file(published, tmp_path / "published" / "model.safetensors")
+        for value, other in zip(loaded.load(tmp_path / "published")[1], loaded.load(tmp_path)[1], strict=True):
+            np.testing.assert_array_equal(value, other)
+        program, params = loaded.load(tmp_path / "published")
+        table = WeightTable(program, params)
+        for key, value in table.tensors(params):
+            np.testing.assert_array_equal(value, published[key], key)
+        with pytest.raises(CheckpointError, match="cannot be updated"):
+            table.prepare(published)
     for option, change in CASES[name].without.items():
         model = reference(**CASES[name].changes)
         change(model)

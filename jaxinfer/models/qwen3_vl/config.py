@@ -72,8 +72,6 @@ class Qwen3VLConfig(CompositeConfig):
     vision: TowerConfig
     text: DecoderConfig
     image_token: int
-    stacked: bool = False
-    """Whether the checkpoint may store experts transposed (`qwen3_vl.experts`)."""
     cross: CrossSource | None = None
     """Encoder inputs for cross-attention; None here."""
 
@@ -106,7 +104,7 @@ def read_config(reader: ConfigReader, *, experts: bool = False) -> Qwen3VLConfig
             f"config.json: image_token_id is {token}, but vocab_size is {text.vocab_size}; it must be smaller"
         )
     reader.skip("video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return Qwen3VLConfig(vision, text, token, experts)
+    return Qwen3VLConfig(vision, text, token)
 
 
 def _text(reader: ConfigReader, *, experts: bool) -> DecoderConfig:
@@ -117,9 +115,9 @@ def _text(reader: ConfigReader, *, experts: bool) -> DecoderConfig:
     part.default_theta = 500_000.0
     part.defaults(max_position_embeddings=128_000, **(MOE_TEXT_SIZES if experts else TEXT_SIZES))
     if experts:
-        part.defaults(num_attention_heads=16, num_experts=60, num_experts_per_tok=4, moe_intermediate_size=1408)
+        part.defaults(num_attention_heads=16, num_local_experts=60, num_experts_per_tok=4, moe_intermediate_size=1408)
         part.defaults_if_absent(num_key_value_heads=16)
-        part.replace(norm_topk_prob=True)
+        part.replace(norm_topk_prob=True)  # transformers' router always renormalises
         text = qwen3_moe.config(part)
     else:
         part.defaults(num_attention_heads=32)

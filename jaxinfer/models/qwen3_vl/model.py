@@ -64,11 +64,11 @@ def weight_rules(config: Qwen3VLConfig) -> list[Rule]:
     return table
 
 
-def _untie(config: Qwen3VLConfig, tie: str) -> Qwen3VLConfig:
+def untie(config: Qwen3VLConfig, tie: str) -> Qwen3VLConfig:
     """Return the configuration with an untied head."""
     return replace(config, text=replace(config.text, tied=False))
 
 
 FAMILY = Family(
-    {"Qwen3VLForConditionalGeneration": "qwen3_vl"}, read_config, Qwen3VL, weight_rules, images=IMAGES, untie=_untie
+    {"Qwen3VLForConditionalGeneration": "qwen3_vl"}, read_config, Qwen3VL, weight_rules, images=IMAGES, untie=untie
 )

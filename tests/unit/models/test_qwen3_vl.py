@@ -4,12 +4,15 @@ import json
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 from support import qwen3_vl
 from support.internvl import PLACEHOLDER
+from support.memory import MemorySource
 from support.qwen3_vl import PROCESSOR, image, picture
 
+from jaxinfer.checkpoint.transposed_experts import TransposedExperts
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.layers.rope import frequency_axes
 from jaxinfer.loading import weights
@@ -110,3 +113,18 @@ def test_images_are_not_divided_over_an_axis():
     mesh = jax.make_mesh((2, 1), ("data", "model"), axis_types=kinds, devices=jax.devices()[:2])
     with pytest.raises(ConfigError, match="this model has none that takes tiles of one size"):
         weights.random(qwen3_vl.config(), mesh, dtype="float32")
+
+
+def test_experts_of_shapes_that_do_not_fit():
+    name = "model.language_model.layers.0.mlp.experts."
+    for down, message in (((4, 24, 30), "do not fit: expected"), (None, "down_proj is missing beside")):
+        held = {name + "gate_up_proj": np.zeros((4, 32, 48))} | (
+            {} if down is None else {name + "down_proj": np.zeros(down)}
+        )
+        with pytest.raises(CheckpointError, match=message):
+            TransposedExperts(MemorySource(held))
+    square = {name + "gate_up_proj": np.zeros((4, 32, 32)), name + "down_proj": np.zeros((4, 16, 32))}
+    turned = TransposedExperts(MemorySource(square))
+    assert [tuple(turned.info(one).shape) for one in square] == [(4, 32, 32), (4, 32, 16)]
+    part = turned.read(name + "down_proj", (slice(1, 3), slice(0, 5), slice(2, 16)))
+    assert part.shape == (2, 5, 14)
