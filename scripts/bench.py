@@ -17,6 +17,7 @@
     python scripts/bench.py cross --peer hf --peer-python /path/to/python/with/torch
     python scripts/bench.py gpu --out results
     python scripts/bench.py compiled
+    python scripts/bench.py families
 
 Without `--model`, a random Llama of 0.25 B parameters is written once and used by all systems.
 """

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import checkpoint, commands, flags
+from benchmarks import checkpoint, commands, families, flags
 from benchmarks.gpu import cli as gpu
 from benchmarks.gpu import compiled
 from benchmarks.systems import Subject
@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return gpu.main(words[1:])
     if words[:1] == ["compiled"]:
         return compiled.main(words[1:])
+    if words[:1] == ["families"]:
+        return families.main(words[1:])
     args = flags.make_parser().parse_args(words)
     args.settings = dict(args.settings)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

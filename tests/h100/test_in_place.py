@@ -1,5 +1,7 @@
 """The same on the CPU: the steps the tests run, and the arrays of a running engine."""
 
+from dataclasses import replace
+
 import jax
 import pytest
 from support.lowering import Compiled, abstract_model, compile_step
@@ -22,6 +24,9 @@ from jaxinfer.kernels.native import build
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
 
+SLOTS = 1000
+"""State slots, more than a step reads."""
+
 pytestmark = [pytest.mark.xdist_group("llama"), pytest.mark.slow]
 
 
@@ -31,8 +36,11 @@ def step(
     program, params = abstract_model(config(family) | {"dtype": dtype}, make_mesh())
     # More than a step gathers; of a contiguous cache four times as much for each row as the step reads.
     wide = shapes_of(program, num_blocks=4 * ROWS * LENGTH // BLOCK, contiguous=contiguous)
+    if program.layout.states:
+        wide = replace(wide, state_slots=SLOTS)
     tokens = ROWS if kind == "decode" else CHUNK
-    bucket = Bucket(kind, tokens, ROWS, LENGTH // BLOCK, level, -1, contiguous=contiguous)
+    own = {"contiguous": contiguous, "states": bool(program.layout.states)}
+    bucket = Bucket(kind, tokens, ROWS, LENGTH // BLOCK, level, -1, **own)
     return compile_step(program, params, wide, bucket)
 
 
@@ -48,6 +56,13 @@ def test_the_program_updates_the_cache_in_place(kind: str, level: Level, contigu
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_layers_see_arrays_in_other_shapes_without_a_copy(kind: str):
     compiled = step(kind, Level.GREEDY, family="gemma4")
+    assert compiled.aliased_bytes >= compiled.cache_bytes
+    assert compiled.large_copies == []
+
+
+@pytest.mark.parametrize("family", ["bamba", "falcon_h1", "kimi_linear", "qwen3_next", "lfm2"])
+def test_a_decode_step_updates_recurrent_states_in_place(family: str):
+    compiled = step("decode", Level.GREEDY, family=family)
     assert compiled.aliased_bytes >= compiled.cache_bytes
     assert compiled.large_copies == []
 

@@ -63,12 +63,20 @@ def decode(
         output, new = step(jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1), tokens), old)
         # Padding has equal source and target, which is left unchanged.
         new = jnp.where(targets[row] < count, new, old)
-        # If XLA fuses the read with the write it may copy all states, to avoid overwriting values still to be read.
+        # XLA may fuse the read into what computes the output, and then copies all states if nothing says that it is
+        # before the write. Barriers end before fusion, so the write's index is made to depend on the output.
         output, new = jax.lax.optimization_barrier((output, new))
+        target = target + _zero(output)
         states = jax.lax.dynamic_update_slice_in_dim(states, new, target, 0)
         return jax.lax.dynamic_update_slice_in_dim(outputs, output, row, 0), states
 
     return jax.lax.fori_loop(0, sources.shape[0], one, (jnp.zeros_like(tokens.v), states))
+
+
+def _zero(x: jax.Array) -> jax.Array:
+    """Return the integer 0 such that XLA computes it from `x`, which it cannot do without."""
+    bits = jax.lax.bitcast_convert_type(x.ravel()[0].astype(jnp.float32), jnp.int32)
+    return jnp.minimum(jax.lax.shift_right_logical(bits, 1), 0)
 
 
 def prefill_steps(
