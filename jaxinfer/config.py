@@ -197,7 +197,7 @@ class EngineConfig:
     deterministic: bool = False
     """Whether tokens and log-probabilities are the same bit for bit whatever else runs: batch, order, chunks, prefix
     hits, preemption, forks, restarts. Prefill and decode then run in one program of `max_num_batched_tokens` tokens (by
-    default 64 on a CPU, 256 on a GPU), which costs throughput; the log says how much (docs/rl.md).
+    default 128 on a CPU, 256 on a GPU), which costs throughput; the log says how much (docs/rl.md).
     """
     capture: Sequence[str] = ()
     """Deterministic engines: paths of modules whose outputs `LLM.hidden_states` may return, beside the model's own. The

@@ -10,10 +10,10 @@ from jaxinfer.kernels.attention import choose as attention
 
 log = logging.getLogger(__name__)
 
-NATIVE_TOKENS, XLA_TOKENS, GPU_TOKENS = 64, 32, 256
-"""Tokens of the one step, by default. The native products skip padding, XLA's compute it; on a GPU a step of this many
+NATIVE_TOKENS, XLA_TOKENS, GPU_TOKENS = 128, 32, 256
+"""Tokens of the one step, by default. Native operations skip padding, XLA's compute it; on a GPU a step of this many
 takes about as long as reading the weights."""
-COST = {attention.NATIVE: "0.78 to 0.82 x the throughput of the default steps on the machine of docs/rl.md"}
+COST = {attention.NATIVE: "0.87 to 0.92 x the throughput of the default steps by processor time (docs/rl.md)"}
 """Cost by attention kernel, measured with `scripts/bench.py deterministic`."""
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_exclude_nondeterministic_ops": True}
 """XLA options of a deterministic engine's programs on a GPU. Autotuning times candidates, and may choose another one in

@@ -69,6 +69,5 @@ def test_buckets_are_refused(name: str):
     program = replace(random_runner().program, deterministic=True)
     with pytest.raises(ConfigError, match=f"{name} is .8., but deterministic=True.*max_num_batched_tokens"):
         deterministic.settings(EngineConfig(deterministic=True, **{name: [8]}), program)
-    assert (
-        deterministic.settings(EngineConfig(deterministic=True, max_num_seqs=99), program).max_num_batched_tokens == 99
-    )
+    settings = deterministic.settings(EngineConfig(deterministic=True, max_num_seqs=199), program)
+    assert settings.max_num_batched_tokens == 199
