@@ -37,7 +37,8 @@ class CacheHit:
     """Longest prompt prefix that layers of one kind could reuse; the hit is the longest common to all kinds."""
 
     kind: str
-    """"full", "sliding(W)" for layers with a window of W positions, or "recurrent" for layers with a state."""
+    """"full", "sliding(W)" or "chunked(W)" for layers with a window of W positions, or "recurrent" for layers with a
+    state."""
     tokens: int
     """Number of prompt tokens."""
     reason: str

@@ -270,9 +270,8 @@ def _most_blocks(kind: Kind, tokens: int, block_size: int, chunk: int) -> int:
     every = -(-tokens // block_size)
     if kind.keeps_all:
         return every
-    needed = tokens - kind.first_needed(tokens)  # positions still read, before the chunk
-    # The range may start and end in the middle of a block.
-    return min(every, -(-(needed + min(chunk, tokens)) // block_size) + 1)
+    # Positions still read, and the chunk: the range may start and end in the middle of a block.
+    return min(every, -(-(kind.most_needed(tokens) + min(chunk, tokens)) // block_size) + 1)
 
 
 def longest(kinds: Sequence[KindGroups], num_blocks: int, block_size: int, chunk: int, most: int, read: int = 0) -> int:

@@ -40,6 +40,10 @@ class Kind:
         """
         return length * 0
 
+    def most_needed(self, length: int) -> int:
+        """Return the most positions before a token of the first `length` + 1 that it still reads."""
+        return length - self.first_needed(length)
+
     def first_block(self, blocks: Any, block_size: int) -> Any:
         """Return the first block still needed after `blocks` blocks are written; int or array."""
         return self.first_needed(blocks * block_size) // block_size
@@ -47,23 +51,31 @@ class Kind:
 
 @dataclass(frozen=True)
 class Window(Kind):
-    """Sliding window: a token at p sees positions (p - size, p]."""
+    """Sliding window: a token at p sees positions (p - size, p]; or chunks of `size` positions: [p - p % size, p]."""
 
     keeps_all: ClassVar[bool] = False
     miss_reason: ClassVar[str] = "window evicted"
 
     size: int
-    """Positions a token sees, itself included; at least 1."""
+    """Most positions a token sees, itself included; at least 1."""
+    chunked: bool = False
+    """Whether the window is one of chunks side by side, and does not slide."""
 
     @property
     def name(self) -> str:
         """Name in metrics and messages."""
-        return f"sliding({self.size})"
+        return f"{'chunked' if self.chunked else 'sliding'}({self.size})"
 
     def first_needed(self, length: Any) -> Any:
         """Return the first position that the token at `length` sees."""
+        if self.chunked:
+            return length - length % self.size
         behind = length - self.size + 1
         return behind * (behind > 0)
+
+    def most_needed(self, length: int) -> int:
+        """Return the most positions before a token of the first `length` + 1 that it still reads."""
+        return min(length, self.size - 1)  # of chunks, the last token of one reads the most
 
 
 @dataclass(frozen=True)
@@ -142,12 +154,14 @@ class Sliding(Full):
     """Keys and values of the last `window` positions; blocks behind the window are released."""
 
     window: int = field(kw_only=True)
-    """Positions a token sees, itself included."""
+    """Most positions a token sees, itself included."""
+    chunked: bool = field(default=False, kw_only=True)
+    """Whether the window is one of chunks side by side, and does not slide."""
 
     @property
     def kind(self) -> Kind:
         """How long entries are needed."""
-        return Window(self.window)
+        return Window(self.window, self.chunked)
 
 
 @dataclass(frozen=True)

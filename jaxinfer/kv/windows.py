@@ -1,4 +1,4 @@
-"""Release and eviction of blocks that sliding windows have moved past."""
+"""Release and eviction of blocks that windows, sliding ones and chunks, have moved past."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

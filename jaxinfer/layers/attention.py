@@ -42,6 +42,24 @@ class Lending(NamedTuple):
     loan: Loan
 
 
+class Growth(NamedTuple):
+    """Factor by which queries at position p are multiplied: 1 + beta ln(1 + floor((p + ahead) / length))."""
+
+    beta: float
+    length: int
+    ahead: int = 0
+    wide: bool = False
+    """Whether queries are multiplied in float32, before rounding; False: by the rounded factor."""
+
+    def __call__(self, q: jax.Array, positions: jax.Array) -> jax.Array:
+        """Multiply queries `[T, ...]` at positions `[T]`."""
+        growth = 1 + self.beta * jnp.log1p(((positions + self.ahead) // self.length).astype(jnp.float32))
+        growth = growth.reshape(-1, *[1] * (q.ndim - 1))
+        if self.wide:
+            return (q.astype(jnp.float32) * growth).astype(q.dtype)
+        return q * growth.astype(q.dtype)
+
+
 class GroupStep(NamedTuple):
     """Block tables and slots of one step's tokens in one group of layers."""
 
@@ -200,6 +218,8 @@ class AttentionSpec:
     norm_scaling: Scaling = Scaling()
     window: int | None = None
     """Sliding window: positions a token sees, itself included; None for full attention."""
+    chunked: bool = False
+    """Whether the window is one of chunks side by side (`kernels.attention.paged.Scoring.chunked`)."""
     scale: float | None = None
     """Scale of the scores; None for D ** -0.5."""
     softcap: float | None = None
@@ -209,9 +229,12 @@ class AttentionSpec:
     (arXiv:2505.06708)."""
     interleaved: bool = False
     """Whether rope pairs the rotated columns as (2i, 2i + 1) (GPT-J, Cohere); False for (i, i + R/2)."""
-    query_growth: tuple[float, int] | None = None
-    """(beta, length): queries at position p are multiplied by 1 + beta ln(1 + floor(p / length)), which keeps attention
-    sharp in long sequences (Llama 4, Ministral 3); None for no factor."""
+    rotated_norm: float | None = None
+    """Epsilon of an RMSNorm without a scale on queries and keys after rope, in layers that have one (Llama 4); None for
+    no norm."""
+    query_growth: Growth | None = None
+    """Growth of queries with their position, which keeps attention sharp in long sequences (Llama 4, Ministral 3); None
+    for none."""
     value_norm: bool = False
     """Whether values are divided by their root mean square, with the epsilon of the other norms (Gemma 4)."""
     keys_are_values: bool = False
@@ -227,7 +250,7 @@ class AttentionSpec:
     def scoring(self) -> Scoring:
         """Scale, window and softcap for the kernels."""
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        return Scoring(scale, self.window, self.softcap)
+        return Scoring(scale, self.window, self.softcap, chunked=self.chunked and self.window is not None)
 
 
 class Attention(nnx.Module):
@@ -267,7 +290,8 @@ class Attention(nnx.Module):
         spec = Full(self.layout.kv_heads_on(self.tp), self.spec.head_dim, self.replicated)
         if self.spec.window is None:
             return spec
-        return Sliding(spec.kv_heads, spec.head_dim, spec.replicated, window=self.spec.window)
+        own = self.spec
+        return Sliding(spec.kv_heads, spec.head_dim, spec.replicated, window=own.window, chunked=own.chunked)
 
     def __call__(
         self, x: jax.Array, kv_cache: KVCache, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
@@ -315,17 +339,13 @@ class Attention(nnx.Module):
 
     def _grown(self, q: jax.Array, step: StepContext) -> jax.Array:
         """Multiply queries by the factor of their positions, if there is one."""
-        if self.spec.query_growth is None:
-            return q
-        beta, length = self.spec.query_growth
-        growth = 1 + beta * jnp.log1p((step.positions // length).astype(jnp.float32))
-        return q * growth.astype(q.dtype)[:, None, None, None]
+        return q if self.spec.query_growth is None else self.spec.query_growth(q, step.positions)
 
     def _turns(self, x: jax.Array) -> bool:
         """Return whether one kernel norms and rotates queries and keys (`_native`)."""
         spec, norms = self.spec, [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
         other = spec.lender is not None or spec.keys_are_values or spec.gated or spec.norm_whole or spec.value_norm
-        if other or not self.qkv.is_whole or any(norm.tapped for norm in norms):
+        if other or spec.rotated_norm is not None or not self.qkv.is_whole or any(norm.tapped for norm in norms):
             return False
         return rowwise.serves(self.qkv.kernel, x, *(norm.scale[...] for norm in norms))
 
@@ -341,12 +361,13 @@ class Attention(nnx.Module):
         return tuple(part[:, None] for part in made)
 
     def _turned(self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-        """Rotate queries or keys."""
+        """Rotate queries or keys, and normalise them if the norm follows."""
         if rope is None:
             return x
         if self.spec.interleaved:
             x = deinterleave(x, 2 * rope[0].shape[-1])
-        return apply_rope(x, *rope)
+        x = apply_rope(x, *rope)
+        return x if self.spec.rotated_norm is None else normalise(x, self.spec.rotated_norm).astype(x.dtype)
 
     def _normalise(self, q: jax.Array, k: jax.Array, mesh: Mesh) -> tuple[jax.Array, ...]:
         """Apply the q and k norms over the whole width of each; `[T, tp, columns]`."""

@@ -5,6 +5,7 @@
     MoEConfig(32, 4, 2880, RouterConfig(bias=True), ClampedSwiGLU(), bias=True)            # gpt-oss
     MoEConfig(256, 8, 2048, RouterConfig("sigmoid", scale=2.5, correction=True, groups=8, chosen_groups=4), shared=2048)
     MoEConfig(512, 10, 512, shared=512, shared_gate=True)                                  # Qwen3-Next
+    MoEConfig(16, 1, 8192, RouterConfig("sigmoid", renormalise=False, by_logit=True), shared=8192, weigh_inputs=True)
 
 Models create `MoE(build.at("mlp"), width, config)` in place of an MLP, call it with the step's context, and name its
 tensors with `models.moe_rules`. No token is dropped, however unbalanced the experts are; padding rows are routed to no
@@ -80,6 +81,8 @@ class MoEConfig:
     """Total F of the shared experts, which every token goes to; 0 for none."""
     shared_gate: bool = False
     """Whether the shared experts' output is multiplied by a per-token sigmoid gate."""
+    weigh_inputs: bool = False
+    """Whether weights multiply the inputs of experts and not their outputs (Llama 4)."""
 
     def __post_init__(self) -> None:
         self.router.check(self.experts, self.per_token)
@@ -89,6 +92,8 @@ class MoEConfig:
             raise ConfigError("experts: an activation of gate and up needs gated=True")
         if self.shared_gate and not self.shared:
             raise ConfigError("experts: shared_gate is set without shared experts; set shared to their width")
+        if self.weigh_inputs and self.bias:
+            raise ConfigError("experts: weigh_inputs is set, but biases have no weight then; unset one of them")
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -241,7 +246,11 @@ class MoE(MatmulModule):
         if self.by_expert:
             chosen = chosen - jax.lax.axis_index(axes.MODEL) * experts
         pairs = grouped.dispatch(chosen, experts)
-        y = self.gate_up.rows(x[pairs.tokens], pairs, own["gate_up"], target)
+        rows = x[pairs.tokens]
+        if self.config.weigh_inputs:
+            each = jnp.zeros(weights.size, weights.dtype).at[pairs.places.ravel()].set(weights.ravel())
+            rows, weights = (rows * each[:, None]).astype(x.dtype), jnp.ones_like(weights)
+        y = self.gate_up.rows(rows, pairs, own["gate_up"], target)
         if self.config.bias:
             y = y + own["gate_up"]["bias"].reshape(experts, -1)[pairs.experts]
         y = self.down.rows(self.config.activate(y, self.down.kernel), pairs, own["down"], target)

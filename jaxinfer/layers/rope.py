@@ -151,6 +151,8 @@ def _llama3(config: RopeConfig, inv_freq: np.ndarray) -> np.ndarray:
     wavelength = f32(2 * math.pi) / inv_freq
     is_long, is_short = wavelength > f32(original / low), wavelength < f32(original / high)
     scaled = np.where(is_long, inv_freq / f32(config.factor), inv_freq)
+    if low == high:  # nothing lies between (Llama 4)
+        return scaled.astype(np.float32)
     smooth = (f32(original) / wavelength - f32(low)) / f32(high - low)
     blended = (f32(1) - smooth) * scaled / f32(config.factor) + smooth * scaled
     return np.where(is_long | is_short, scaled, blended).astype(np.float32)

@@ -289,9 +289,9 @@ def _check(rope: RopeConfig) -> None:
         raise ConfigError(f"rope type {rope.kind!r}: factor must be a number, found null; {REMEDY}.")
     if rope.kind == "dynamic" and rope.rotary_dim <= 2:
         raise ConfigError(f"rope type 'dynamic' needs more than 2 rotary dims, found {rope.rotary_dim}; {REMEDY}.")
-    if rope.kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+    if rope.kind == "llama3" and rope.high_freq_factor < rope.low_freq_factor:
         raise ConfigError(
-            f"rope type 'llama3': high_freq_factor={rope.high_freq_factor} must be above "
+            f"rope type 'llama3': high_freq_factor={rope.high_freq_factor} must be at least "
             f"low_freq_factor={rope.low_freq_factor}; {REMEDY}."
         )
     for name in ("short_factor", "long_factor"):

@@ -27,7 +27,8 @@ class RouterConfig:
     - gpt-oss, a softmax over the selected logits: the defaults with `bias=True`, which equals a renormalized softmax
       over all logits;
     - DeepSeek-V3 (arXiv:2412.19437) and Kimi: `score="sigmoid", correction=True, scale=2.5, groups=8, chosen_groups=4`;
-    - Phi-MoE: `score="sparsemixer", jitter=0.01`.
+    - Phi-MoE: `score="sparsemixer", jitter=0.01`;
+    - Llama 4: `score="sigmoid", renormalise=False, by_logit=True`.
     """
 
     score: str = SOFTMAX
@@ -54,6 +55,8 @@ class RouterConfig:
     None for no norm."""
     expert_scale: bool = False
     """Whether each expert's weight is multiplied by a learned factor of its own (Gemma 4)."""
+    by_logit: bool = False
+    """Whether sigmoids are ranked by their logits, which large ones, all rounded to 1, cannot be (Llama 4)."""
     epsilon: float = 1e-20
     """Added to the sum of sigmoids that weights are divided by, all of which may be zero (DeepSeek's own)."""
 
@@ -74,6 +77,11 @@ class RouterConfig:
             raise ConfigError(
                 f"router: sparsemixer chooses 2 experts a token, but {TAKEN} is {per_token}, with {self.groups} groups "
                 f"({GROUPS}); set 2 and 1, without a bias of the choice"
+            )
+        if self.by_logit and (self.score != SIGMOID or self.groups > 1 or self.correction):
+            raise ConfigError(
+                f"router: by_logit ranks sigmoids by their logits, but score is {self.score!r}, with {self.groups} "
+                "groups; unset it where scores, their sums or a correction rank the experts"
             )
         if not 1 <= self.chosen_groups <= self.groups:
             raise ConfigError(
@@ -157,7 +165,10 @@ def route(
         ranks = ranks + correction
     if config.groups > 1:
         ranks = jnp.where(_in_chosen_groups(ranks, config), ranks, -jnp.inf)
-    if given is None:
+    if given is None and config.by_logit:
+        best, chosen = jax.lax.top_k(logits, per_token)
+        best = jax.nn.sigmoid(best)
+    elif given is None:
         best, chosen = jax.lax.top_k(ranks, per_token)
     else:
         best, chosen = jnp.take_along_axis(scores, given, axis=-1), given

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.errors import ConfigError
+from jaxinfer.layers.attention import Growth
 from jaxinfer.models import mistral
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
@@ -68,7 +69,7 @@ def config(reader: ConfigReader) -> DecoderConfig:
         raise ConfigError(
             "config.json: rope_parameters.original_max_position_embeddings is missing; queries grow by multiples of it"
         )
-    return replace(made, attention=replace(made.attention, query_growth=(float(beta), length)))
+    return replace(made, attention=replace(made.attention, query_growth=Growth(float(beta), length)))
 
 
 FAMILY = Family(

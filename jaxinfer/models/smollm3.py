@@ -1,5 +1,6 @@
 """SmolLM3 (`SmolLM3ForCausalLM`): Llama in which every fourth layer has no rope (NoPE, arXiv:2501.18795)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from jaxinfer.checkpoint.config_reader import ConfigReader
@@ -27,19 +28,12 @@ class SmolLM3Config(DecoderConfig):
 def config(reader: ConfigReader) -> SmolLM3Config:
     """Read the configuration.
 
-    `no_rope_layers` has a 1 for each layer with rope and a 0 for each without. Layers without rope have the sliding
-    window where one is enabled and `layer_types` does not say otherwise.
+    Layers without rope have the sliding window where one is enabled and `layer_types` does not say otherwise.
     """
     reader.default_theta = 2_000_000.0
     reader.defaults_if_absent(num_key_value_heads=4)
     reader.defaults(max_position_embeddings=32_768, tie_word_embeddings=True)
-    layers, each = reader.get_int("num_hidden_layers"), reader.get_int("no_rope_layer_interval", 4)
-    turned = reader.get("no_rope_layers", [int(number % each != 0) for number in range(1, layers + 1)])
-    if not isinstance(turned, list) or len(turned) < layers or not all(one in (0, 1) for one in turned):
-        raise ConfigError(
-            f"config.json: no_rope_layers is {show(turned)}; it must be a list of 0 and 1 for each of "
-            f"num_hidden_layers = {layers} layers"
-        )
+    turned, layers = with_rope(reader), reader.get_int("num_hidden_layers")
     reader.skip("max_window_layers")
     window = window_of(reader)
     window = window if reader.get_bool("use_sliding_window", False) else None
@@ -55,6 +49,22 @@ def config(reader: ConfigReader) -> SmolLM3Config:
     )
     values = {field.name: getattr(shared, field.name) for field in fields(shared)}
     return SmolLM3Config(**values, nope_layers=tuple(layer for layer in range(layers) if not turned[layer]))
+
+
+def with_rope(reader: ConfigReader) -> Sequence[int]:
+    """Read `no_rope_layers`: a 1 for each layer with rope and a 0 for each without; by default every fourth has none.
+
+    Raises:
+        ConfigError: it is no list of these, or too short.
+    """
+    layers, each = reader.get_int("num_hidden_layers"), reader.get_int("no_rope_layer_interval", 4)
+    turned = reader.get("no_rope_layers", [int(number % each != 0) for number in range(1, layers + 1)])
+    if not isinstance(turned, list) or len(turned) < layers or not all(one in (0, 1) for one in turned):
+        raise ConfigError(
+            f"config.json: no_rope_layers is {show(turned)}; it must be a list of 0 and 1 for each of "
+            f"num_hidden_layers = {layers} layers"
+        )
+    return turned
 
 
 FAMILY = Family({"SmolLM3ForCausalLM": "smollm3"}, config, Decoder, weight_rules)

@@ -18,6 +18,7 @@ from support.tiny import (
     prompt,
     run,
     shapes,
+    window_of,
 )
 
 from jaxinfer.engine.runner.runner import Runner
@@ -42,11 +43,13 @@ def every(*names):
 
 
 MOST = ("alternating", "five to one")
+CHUNKED = "chunks of six"
+"""Windows that do not slide; their ends are those of blocks only every third time."""
 
 
 def edges(name):
     """`EDGES`, and prompt lengths around the window's end."""
-    window = HYBRIDS[name]["sliding_window"]
+    window = window_of(name)
     return sorted({*EDGES, *(n for n in (window - 1, window, window + 1) if 0 < n < 3 * CHUNK)})
 
 
@@ -82,7 +85,7 @@ def test_batched_equals_alone_and_hits_equal_cold_runs(name):
     assert [r.cached_tokens for r in again] == [(len(r.prompt) - 1) // BLOCK * BLOCK for r in again]
 
 
-@every(*MOST)
+@every(*MOST, CHUNKED)
 @pytest.mark.parametrize("budget", [1, 5, CHUNK - 1])
 def test_chunked_is_whole(name, budget):
     runner = hybrid_runner(name)
@@ -96,7 +99,7 @@ def test_decode_steps_at_once_and_windows_that_move_meanwhile(name):
     assert run(make_engine(runner, decode_steps=8), wanted) == alone(runner, wanted)
 
 
-@every(*MOST, "all sliding")
+@every(*MOST, "all sliding", CHUNKED)
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("spare", [0, 7, 30])
 def test_preempted_equals_not_preempted(name, spare, caching):
@@ -151,7 +154,7 @@ def test_forks_share_every_group_and_copy_the_last_block_of_each_once(name):
     assert all(len(set(tables[group, rows, 1].tolist())) == 1 for group in range(groups))
 
 
-@every(*MOST, "window of one")
+@every(*MOST, "window of one", CHUNKED)
 def test_prefixes_that_diverge(name):
     """Prompts that diverge anywhere from a cached one; every hit covers all blocks that both share."""
     runner, shared = hybrid_runner(name), prompt(3 * CHUNK, 70)
@@ -167,7 +170,7 @@ def test_prefixes_that_diverge(name):
         assert request.cached_tokens >= min(common, len(request.prompt) - 1) // BLOCK * BLOCK
 
 
-@every(*MOST)
+@every(*MOST, CHUNKED)
 def test_prompts_that_arrive_together_compute_what_they_share_once(name):
     runner, shared = hybrid_runner(name), prompt(2 * CHUNK + BLOCK, 71)
     engine = make_engine(runner)
@@ -190,7 +193,7 @@ def test_evicted_prefixes_are_computed_again(name):
 
 @every("all sliding")
 def test_a_long_sequence_holds_a_window_a_chunk_and_a_block(name):
-    runner, window = hybrid_runner(name), HYBRIDS[name]["sliding_window"]
+    runner, window = hybrid_runner(name), window_of(name)
     engine = make_engine(runner, budget=CHUNK)
     request = make_request("long", prompt(80), SamplingParams(temperature=0, max_tokens=40))
     [expected] = alone(runner, [request])
@@ -204,7 +207,7 @@ def test_a_long_sequence_holds_a_window_a_chunk_and_a_block(name):
 
 
 @pytest.mark.slow
-@every(*MOST)
+@every(*MOST, CHUNKED)
 def test_sharded_is_single(name, tmp_path):
     folder = checkpoint.write(tmp_path, CONFIG | HYBRIDS[name], with_tokenizer=False)
 

@@ -30,6 +30,7 @@ LAYERS = {
     "Gemma 2": (16, 8, 256, 256, "bfloat16", Scoring(0.1, window=4096, softcap=50.0), False),
     "Gemma 4, full": (32, 4, 512, 512, "bfloat16", Scoring(1.0), False),
     "Gemma 4 E2B, full": (8, 1, 512, 512, "bfloat16", Scoring(1.0), False),
+    "Llama 4": (40, 8, 128, 128, "bfloat16", Scoring(0.1, window=8192, chunked=True), False),
     "gpt-oss": (64, 8, 64, 64, "bfloat16", Scoring(0.1, window=128), True),
     "float32": (32, 8, 128, 128, "float32", Scoring(0.1), False),
     "Llama 3 8B, int8 codes": (32, 8, 128, 128, "bfloat16", Scoring(0.1), False, "int8"),

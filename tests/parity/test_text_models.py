@@ -65,10 +65,19 @@ def gemma4() -> transformers.PreTrainedConfig:
     )
 
 
+def llama4() -> transformers.PreTrainedConfig:
+    text = TEXT | families()["llama4"].config
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vision_output_dim=16)
+    vision = dict(sizes, image_size=28, patch_size=14, projector_input_dim=16, projector_output_dim=16)
+    ids = dict(image_token_index=96, boi_token_index=95, eoi_token_index=94)
+    return transformers.Llama4Config(text_config=text, vision_config=vision, attn_implementation="eager", **ids)
+
+
 EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=20)
 MODELS = {
     "gemma3": (transformers.Gemma3ForConditionalGeneration, gemma3),
     "gemma4": (transformers.Gemma4ForConditionalGeneration, gemma4),
+    "llama4": (transformers.Llama4ForConditionalGeneration, llama4),
     "qwen3_5": (transformers.Qwen3_5ForConditionalGeneration, lambda: qwen3_5(transformers.Qwen3_5Config)),
     "qwen3_5_moe": (
         transformers.Qwen3_5MoeForConditionalGeneration,
@@ -94,6 +103,8 @@ def model(family: str) -> ref.Model:
 def test_logits_equal_transformers(family, of_the_hub, tmp_path):
     reference = model(family)
     folder = ref.save(reference, tmp_path, save_original_format=of_the_hub)
+    if family == "llama4":  # transformers 5.24 computes its multimodal model with images alone
+        reference = reference.language_model
     found = loaded.logits(folder, PROMPTS, FOLLOWING)
     tokens = list(zip(PROMPTS, FOLLOWING, strict=True))
     expected = [ref.logits(reference, *each, cached=False) for each in tokens]

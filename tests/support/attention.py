@@ -29,6 +29,7 @@ class Shape:
     block: int = 4
     dtype: str = "float32"
     window: int | None = None
+    chunked: bool = False
     softcap: float | None = None
     sinks: bool = False
     value_dim: int | None = None
@@ -43,7 +44,14 @@ class Shape:
     @property
     def scoring(self) -> Scoring:
         scale = self.dim**-0.5
-        return Scoring(scale, self.window, self.softcap, self.value_dim if self.latent else None)
+        chunked = self.chunked and self.window is not None
+        return Scoring(scale, self.window, self.softcap, self.value_dim if self.latent else None, chunked)
+
+    def first_key(self, position: int) -> int:
+        """Return the first key position that a query sees."""
+        if self.window is None:
+            return 0
+        return position // self.window * self.window if self.chunked else max(0, position - self.window + 1)
 
 
 PLAIN = Shape()
@@ -57,6 +65,10 @@ SHAPES = {
     "window": replace(PLAIN, window=5),
     "window of one block, sinks, softcap": replace(PLAIN, window=PLAIN.block, sinks=True, softcap=2.0),
     "window of one token": replace(PLAIN, window=1),
+    "chunks": replace(PLAIN, window=6, chunked=True),
+    "chunks of one block, int8 codes, sinks": replace(
+        PLAIN, window=PLAIN.block, chunked=True, codes="int8", sinks=True
+    ),
     "narrow values": replace(PLAIN, value_dim=5),
     "latent": replace(PLAIN, kv_heads=1, value_dim=6, latent=True),
     "int8 codes": replace(PLAIN, codes="int8"),
@@ -100,8 +112,7 @@ class Case:
             self.dense.append(own)
             for array, values in zip(cached, own, strict=True):
                 # The cache keeps no positions before the window.
-                first = 0 if shape.window is None else max(0, length - new - shape.window + 1)
-                for at in range(first, length - new):
+                for at in range(shape.first_key(length - new), length - new):
                     array[self.tables[row, at // shape.block], :, at % shape.block] = values[at]
         arrays = [jax.device_put(array.astype(jnp.dtype(shape.dtype))) for array in cached]
         self.kv_cache = KVCache(*arrays, *[None] * (2 - len(arrays)))

@@ -75,8 +75,15 @@ HYBRIDS = {
     "window of one": layers([SLIDING, FULL], 1),
     "window of a block": layers([FULL, SLIDING], BLOCK),
     "window above all": layers([FULL, SLIDING], 4 * LENGTH),
+    "chunks of six": config("llama4"),
 }
-"""Models with sliding-window layers, most windows shorter than a chunk: config.json fields in addition to `CONFIG`."""
+"""Models with layers that see a window, most shorter than a chunk of a prefill: config.json fields in addition to
+`CONFIG`. One has windows that do not slide (Llama 4)."""
+
+
+def window_of(hybrid: str) -> int:
+    """Return the window of one of `HYBRIDS`."""
+    return HYBRIDS[hybrid].get("sliding_window") or HYBRIDS[hybrid]["attention_chunk_size"]
 
 
 def shapes(**changes: Any) -> Shapes:

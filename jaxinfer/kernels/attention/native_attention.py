@@ -107,6 +107,7 @@ def _call(
         scale=np.float32(scoring.scale),
         softcap=np.float32(scoring.softcap or 0),
         window=np.int64(scoring.window or 0),
+        chunked=np.int64(scoring.chunked),
         heads=np.int64(heads),
         dim=np.int64(dim),
     )

@@ -91,12 +91,15 @@ class Scoring:
     """Maps scores x to cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118); None for no softcap."""
     value_dim: int | None = None
     """Dv for caches without values (MLA)."""
+    chunked: bool = False
+    """Whether the window does not slide but is one of chunks side by side: p sees [p - p % window, p] (Llama 4)."""
 
     def first_key(self, positions: jax.Array) -> jax.Array:
         """Return the first key position that queries at `positions` see."""
         if self.window is None:
             return jnp.zeros_like(positions)
-        return jnp.maximum(positions - self.window + 1, 0)
+        first = positions - positions % self.window if self.chunked else positions - self.window + 1
+        return jnp.maximum(first, 0)
 
     def cap(self, scores: jax.Array) -> jax.Array:
         """Apply the softcap to scores."""

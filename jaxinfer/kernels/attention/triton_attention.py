@@ -129,6 +129,7 @@ class TritonAttention:
         constants = dict(
             SCALE=scoring.scale,
             WINDOW=scoring.window,
+            CHUNKED=scoring.chunked,
             SOFTCAP=scoring.softcap,
             H=heads,
             K=kv_heads,
@@ -144,7 +145,7 @@ class TritonAttention:
             WIDE=dim // kv_cache.keys.shape[3],
             W=tables.shape[1],
             TILE=power(layout.tile, 1),
-            UNMASKED=not (layout.decode or self.deterministic) and scoring.window is None,
+            UNMASKED=not (layout.decode or self.deterministic) and (scoring.window is None or scoring.chunked),
             K_ALIGN=math.gcd(16, dim * kv_cache.keys.dtype.itemsize),
             V_ALIGN=math.gcd(16, value_dim * kv_cache.keys.dtype.itemsize),
             **places,

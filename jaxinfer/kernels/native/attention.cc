@@ -32,6 +32,7 @@ constexpr float kLeast = -1e30f;           // initial maximum: finite, so that -
 struct Scoring {
   float scale, softcap;  // softcap 0: no softcap
   int64_t window;        // 0: no window
+  bool chunked;          // the window is one of chunks side by side, and does not slide
 };
 
 template <typename Stored>
@@ -235,7 +236,9 @@ void Attend(const typename Kind::Element* q, const KVCache<Stored>& cache, const
     }
   }
   auto first_key = [&](int64_t position) {
-    return scoring.window ? std::max<int64_t>(position - scoring.window + 1, 0) : 0;
+    if (!scoring.window) return int64_t{0};
+    if (scoring.chunked) return position - position % scoring.window;
+    return std::max<int64_t>(position - scoring.window + 1, 0);
   };
   const int64_t begin = std::max(first_key(tile.position), tile.first);
   const int64_t end = std::min(tile.position + tile.count, tile.end);
@@ -344,9 +347,9 @@ ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
                          ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> keys,
                          ffi::Result<ffi::AnyBuffer> values, ffi::Result<ffi::AnyBuffer> key_scales,
                          ffi::Result<ffi::AnyBuffer> value_scales, float scale, float softcap, int64_t window,
-                         int64_t heads, int64_t dim) {
+                         int64_t chunked, int64_t heads, int64_t dim) {
   const Step step{q, k, v, k_scales, v_scales, blocks, offsets, tables, tiles, count, sinks};
-  const Scoring scoring{scale, softcap, window};
+  const Scoring scoring{scale, softcap, window, chunked != 0};
   // A layer may see the arrays with other heads than their shape has.
   const int64_t block = keys->dimensions()[2], blocks_seen = keys->element_count() / (heads * block * dim);
   auto run = [&](auto kind, auto stored) {
@@ -416,5 +419,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferAttention, jaxinfer::AttentionImpl,
                                   .Attr<float>("scale")
                                   .Attr<float>("softcap")
                                   .Attr<int64_t>("window")
+                                  .Attr<int64_t>("chunked")
                                   .Attr<int64_t>("heads")
                                   .Attr<int64_t>("dim"));

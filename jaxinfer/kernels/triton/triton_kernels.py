@@ -66,6 +66,7 @@ def _scan(
     value_scales,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -123,7 +124,9 @@ def _scan(
             scores *= SOFTCAP * LOG2E
         if MASKED:
             seen = (at[None, :] <= q_at[:, None]) & live[None, :]
-            if WINDOW is not None:
+            if CHUNKED:
+                seen &= at[None, :] >= (q_at // WINDOW * WINDOW)[:, None]
+            elif WINDOW is not None:
                 seen &= at[None, :] > q_at[:, None] - WINDOW
             scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -209,6 +212,7 @@ def attend(
     stats,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -309,6 +313,8 @@ def attend(
         # Keys seen by all queries of a prefill tile need no mask. Decode has a single loop: it is short, and a second
         # loop would have to wait for its first loads again.
         masked_from = first + (position + 1 - first) // BLOCK_N * BLOCK_N
+        if CHUNKED:  # queries behind the end of a chunk see none of its keys
+            masked_from = tl.where(position % WINDOW + count <= WINDOW, masked_from, first)
         top, total, acc = _scan(
             top,
             total,
@@ -333,6 +339,7 @@ def attend(
             value_scales,
             SCALE,
             WINDOW,
+            CHUNKED,
             SOFTCAP,
             K,
             D,
@@ -375,6 +382,7 @@ def attend(
         value_scales,
         SCALE,
         WINDOW,
+        CHUNKED,
         SOFTCAP,
         K,
         D,

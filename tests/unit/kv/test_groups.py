@@ -1,5 +1,6 @@
 """Assignment of layers to cache arrays and groups, and blocks per sequence."""
 
+import numpy as np
 import pytest
 
 from jaxinfer.errors import ConfigError
@@ -92,6 +93,20 @@ def test_first_needed_position_of_a_window(length, first):
     assert Window(8).first_needed(length) == first
     assert Kind().first_needed(length) == 0
     assert Window(1).first_needed(length) == length
+
+
+def test_chunks_begin_anew():
+    kind = Window(6, chunked=True)
+    assert [kind.first_needed(length) for length in (0, 5, 6, 11, 12, 13)] == [0, 0, 6, 6, 12, 12]
+    assert kind.first_needed(np.array([5, 6])).tolist() == [0, 6]
+    # At the end of a chunk nothing is read, but a sequence must have room for the whole of one.
+    assert (
+        [kind.most_needed(length) for length in (3, 5, 6, 12)] == [3, 5, 5, 5] == list(map(min, (3, 5, 6, 12), [5] * 4))
+    )
+    assert [Window(6).most_needed(length) for length in (3, 6, 12)] == [3, 5, 5]
+    made = layout((Sliding(2, 16, window=6, chunked=True), Sliding(2, 16, window=6)))
+    assert [one.kind.name for one in made.kinds] == ["chunked(6)", "sliding(6)"], "layers of both share no blocks"
+    assert blocks_needed(made.kinds[:1], 12, 4, 1) == blocks_needed(made.kinds[1:], 12, 4, 1)
 
 
 def test_blocks_needed():

@@ -230,6 +230,7 @@ def test_what_does_not_divide_is_named_with_remedies(tp: int, experts: int, tact
     ("changes", "message"),
     [
         (dict(activation="swish2"), "activation is 'swish2'; supported: silu"),
+        (dict(weigh_inputs=True, bias=True), "weigh_inputs is set, but biases have no weight"),
         (dict(shared_gate=True), "shared_gate is set without shared experts"),
         (dict(per_token=9), r"9 experts per token .*; with 8 experts "),
     ],

@@ -48,6 +48,7 @@ BY_HAND = [
     # Wavelength 628 lies between 250 and 1000: smooth = (1000/628.32 - 1) / 3 = 0.197183.
     (LLAMA3, 8, [1, 0.1, 0.802817 * 0.01 / 8 + 0.197183 * 0.01, 0.001 / 8], 1.0),
     # The ramp runs from dim floor(0.70) = 0 to ceil(2.20) = 3: 0, 1/3, 2/3, 1 of a quarter of the frequency.
+    ({**LLAMA3, "high_freq_factor": 1.0}, 8, [1, 0.1, 0.01, 0.001 / 8], 1.0),
     (YARN, 8, [1, 0.075, 0.005, 0.00025], 1.1386294),
     # Without truncation the ramp at dims 1 and 2 is 0.201528 and 0.865914.
     (
@@ -197,7 +198,7 @@ def test_sections_of_multimodal_rope_do_not_matter_for_text():
         ({"partial_rotary_factor": 0.1}, ["head_dim=8", "even"]),
         ({"partial_rotary_factor": 0.4}, ["head_dim=8", "3 rotary dims"]),
         ({"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.25}, ["dynamic", "2"]),
-        ({**LLAMA3, "low_freq_factor": 4.0}, ["high_freq_factor=4.0", "low_freq_factor=4.0"]),
+        ({**LLAMA3, "low_freq_factor": 4.5}, ["high_freq_factor=4.0", "low_freq_factor=4.5"]),
         ({**LLAMA3, "low_freq_factor": None}, ["low_freq_factor", "null"]),
         ({**LONGROPE, "short_factor": [1.0]}, ["short_factor", "1", "4"]),
         ({**LONGROPE, "long_factor": 3.0}, ["long_factor", "3.0"]),

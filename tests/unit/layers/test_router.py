@@ -75,6 +75,12 @@ def test_a_softmax_over_the_chosen_logits_is_the_softmax_of_all_renormalised_and
     np.testing.assert_allclose(weights, [[0.7310586, 0.2689414], [0.5, 0.5]], rtol=1e-5)
 
 
+def test_sigmoids_of_large_logits_are_ranked_by_these():
+    logits = jnp.array([[30.0, 40.0, -1.0]])
+    chosen, weights = route(logits, 2, RouterConfig("sigmoid", renormalise=False, by_logit=True))
+    assert (chosen.tolist(), weights.tolist()) == ([[1, 0]], [[1.0, 1.0]])
+
+
 def test_sigmoids_that_are_all_zero_give_no_nan():
     _, weights = route(jnp.full((1, 4), -200.0), 2, RouterConfig("sigmoid"))
     assert np.isfinite(weights).all()
@@ -94,6 +100,7 @@ def test_sigmoids_that_are_all_zero_give_no_nan():
         (RouterConfig(groups=3), 8, 2, r"8 experts .* do not divide into 3 groups \(n_group.*; choose a divisor of 8"),
         (RouterConfig(groups=4, chosen_groups=5), 8, 2, r"topk_group is 5; with 4 groups .* must be 1 to 4"),
         (RouterConfig(chosen_groups=2), 8, 2, r"topk_group is 2; with 1 groups .* must be 1 to 1"),
+        (RouterConfig(by_logit=True), 8, 1, "by_logit ranks sigmoids.*score is 'softmax'"),
         (RouterConfig(groups=8, chosen_groups=8), 8, 2, "by their best 2 experts, but have 1 each"),
         (
             RouterConfig(groups=4, chosen_groups=1),

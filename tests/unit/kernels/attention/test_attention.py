@@ -17,7 +17,7 @@ P = PLAIN.block
 def dense(case: Case, q: np.ndarray, row: int, position: int) -> np.ndarray:
     """Attend with one query to its sequence's keys and values, without a cache, in float64."""
     shape = case.shape
-    first = 0 if shape.window is None else max(0, position - shape.window + 1)
+    first = shape.first_key(position)
     own = [np.repeat(a[first : position + 1], shape.heads // shape.kv_heads, axis=1) for a in case.dense[row]]
     own = own if shape.codes is None else [rounded(a, shape.codes) for a in own]
     keys, values = own[0], own[0][..., : shape.value_dim] if shape.latent else own[1]
@@ -63,7 +63,7 @@ def test_decode_equals_the_reference(monkeypatch: pytest.MonkeyPatch, name: str,
     lengths = [1, P - 1, P, P + 1, 2 * P - 1, 2 * P, 2 * P + 1, 4 * P + 2]
     case = Case(shape, lengths, [1] * len(lengths), width=width)
     q, k, v, rows, positions = case.step(padding=2)
-    seen = [n if shape.window is None else n - max(0, n - shape.window) // P * P for n in lengths]
+    seen = [n - shape.first_key(n - 1) // P * P for n in lengths]
     items = None if spare is None else sum(-(-n // xla_attention.item_keys(P)) for n in seen) + spare
     # A new function, as cached traces used another piece size.
     run = jax.jit(lambda *args: xla_attention.decode(*args, shape.scoring, case.sinks, items=items))

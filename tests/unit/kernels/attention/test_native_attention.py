@@ -20,6 +20,7 @@ WIDE = {
     "no multiple of a register": replace(PLAIN, heads=5, kv_heads=1, dim=72, value_dim=40, block=8),
     "latent of MLA": replace(PLAIN, heads=4, kv_heads=1, dim=144, value_dim=128, latent=True, block=16),
     "long window": replace(PLAIN, window=150, sinks=True, block=16),
+    "long chunks": replace(PLAIN, window=150, chunked=True, block=16),
     "Llama, int8 codes": replace(PLAIN, heads=8, kv_heads=2, dim=64, block=16, dtype="bfloat16", codes="int8"),
     "fp8 codes, no multiple of a register": replace(PLAIN, heads=5, kv_heads=1, dim=72, value_dim=40, codes="fp8"),
     "latent of MLA, int8 codes": replace(

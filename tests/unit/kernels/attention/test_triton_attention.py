@@ -26,6 +26,7 @@ MORE_SHAPES = {
     "latent in two parts, sinks": Shape(heads=2, kv_heads=1, dim=40, value_dim=30, latent=True, sinks=True),
     "latent wider than the first part": Shape(heads=2, kv_heads=1, dim=40, value_dim=36, latent=True),
     "blocks of one": Shape(block=1, window=9),
+    "chunks of more than a tile's keys": Shape(window=37, chunked=True),
     "fp8 codes of keys in two parts": Shape(heads=2, kv_heads=1, dim=40, value_dim=20, codes="fp8"),
 }
 ALL = SHAPES | MORE_SHAPES
@@ -94,6 +95,14 @@ def test_prefill_in_tiles_of_any_size_equals_the_reference(chunks: str, tile: in
     check_prefill(chunked("plain", chunks), tile=tile)
 
 
+@pytest.mark.parametrize("tile", [8, 32])
+def test_prefill_over_the_ends_of_chunks_equals_the_reference(tile: int):
+    """Of a tile within a chunk the first keys are read without a mask, of one over its end with one."""
+    chunks = [(20, 25), (70, 9), (36, 3)]
+    shape = MORE_SHAPES["chunks of more than a tile's keys"]
+    check_prefill(Case(shape, [sum(chunk) for chunk in chunks], [count for _, count in chunks]), tile=tile)
+
+
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
     """Draw a small attention layer."""
@@ -109,6 +118,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         codes=None if dtype == "float16" else draw(st.sampled_from([None, "int8", "fp8"])),
         latent=latent,
         window=draw(st.none() | st.integers(1, 60)),
+        chunked=draw(st.booleans()),
         softcap=draw(st.none() | st.just(2.0)),
         sinks=draw(st.booleans()),
         value_dim=draw(st.integers(1, dim)) if latent or draw(st.booleans()) else None,

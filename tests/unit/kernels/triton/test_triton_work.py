@@ -22,29 +22,31 @@ def _work(rows: DecodeRows, scoring: Scoring, **sizes: int) -> tuple[jax.Array, 
 
 
 def work(
-    lengths: Sequence[int], *, running: int, block_n: int = 16, window: int | None = None
+    lengths: Sequence[int], *, running: int, block_n: int = 16, window: int | None = None, chunked: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute work items and spans of a decode step."""
     items = triton_work.decode_items(len(lengths), 1 << 22, running, block_n)
     rows = DecodeRows(*jax.device_put((np.zeros((len(lengths), 1), np.int32), np.array(lengths, np.int32))))
-    items, spans = _work(rows, Scoring(1.0, window), items=items, running=running, block_n=block_n)
+    items, spans = _work(rows, Scoring(1.0, window, chunked=chunked), items=items, running=running, block_n=block_n)
     return np.asarray(items), np.asarray(spans)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(
     lengths=st.lists(st.integers(0, 200) | st.integers(0, 200_000), min_size=BATCH, max_size=BATCH),
-    window=st.sampled_from([None, 100]),
+    windowed=st.sampled_from([(None, False), (100, False), (100, True)]),
     running=st.sampled_from([1, 264]),
 )
-def test_the_pieces_are_all_live_keys_in_order(lengths: list[int], window: int | None, running: int):
-    items, spans = work(lengths, window=window, running=running)
+def test_the_pieces_are_all_live_keys_in_order(lengths: list[int], windowed: tuple[int | None, bool], running: int):
+    window, chunked = windowed
+    items, spans = work(lengths, window=window, chunked=chunked, running=running)
     assert (items[:, 3] == 1).sum() == spans[:, 1].sum(), "all pieces fit"
     for row, (length, (first, count)) in enumerate(zip(lengths, spans, strict=True)):
         own = items[first : first + count]
         assert (own[:, 0] == row).all() and (own[:, 2] == length - 1).all() and (own[:, 7] == (count > 1)).all()
         starts, ends = own[:, 4], own[:, 5]
         least = 0 if window is None else max(0, length - window)
+        least = (length - 1) // 100 * 100 if chunked else least
         assert list(starts) == [least, *ends[:-1]][:count]
         assert (ends > starts).all() and (count == 0 if length == 0 else ends[-1] == length)
 
@@ -64,6 +66,8 @@ def test_prefill_items_are_in_reverse_order_and_the_rest_is_padding():
     tiles = np.array([[0, 0, 0, 4], [0, 4, 4, 1], [1, 5, 7, 4], [0, 0, 0, 0], [0, 0, 0, 0]], np.int32)
     step = PrefillTiles(*jax.device_put((np.zeros((2, 8), np.int32), tiles, np.int32(3))))
     items = triton_work.prefill_work(step, Scoring(1.0, window=3), tokens=12, tile=2)
+    chunks = triton_work.prefill_work(step, Scoring(1.0, window=5, chunked=True), tokens=12, tile=2)
+    assert np.asarray(chunks)[::-1, 4].tolist() == [0, 0, 5, 0, 0]
     # row, token, position, queries, first key, end, first key of the chunk, unused
     assert np.asarray(items)[::-1, :7].tolist() == [
         [0, 0, 0, 4, 0, 4, 0],
