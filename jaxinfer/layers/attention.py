@@ -180,14 +180,12 @@ def attend(
         q, k, v = (None if x is None else x[:, 0] for x in (q, k, v))
         sinks = None if sinks is None else sinks[0]
         how = {"scoring": scoring, "sinks": sinks}
-        decode, prefill = (
-            partial(kernel.decode, items=step.items, **how),
-            partial(kernel.prefill, tile=step.tile, **how),
-        )
+        run = prefill = partial(kernel.prefill, tile=step.tile, **how)
+        if isinstance(step.rows, DecodeRows | JointRows):  # training's implementation has no decode
+            run = decode = partial(kernel.decode, items=step.items, **how)
         if isinstance(step.rows, JointRows):
             out, kv_cache = joint.attend(prefill, decode, (q, k, v), kv_cache, step.slots, step.rows)
         else:
-            run = decode if isinstance(step.rows, DecodeRows) else prefill
             out, kv_cache = run(q, k, v, kv_cache, step.slots, step.rows)
         return out[:, None], kv_cache
 
