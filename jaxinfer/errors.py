@@ -37,6 +37,10 @@ class EngineError(JaxInferError, RuntimeError):
     """A step failed on the device; the message says what was lost and what continues."""
 
 
+class DraftError(EngineError):
+    """A step of the draft model failed; the requests continue without drafts."""
+
+
 class EngineDeadError(EngineError):
     """A step and the recovery from it failed: the device is lost. Close the LLM and create a new one."""
 

@@ -26,7 +26,7 @@ class SpeculativeConfig:
     """
     model: str | None = None
     """Draft model: a directory, GGUF file or Hub id. Its layers must all have full attention. It has the engine's
-    dtype, placement of devices and `kv_cache_dtype`, and cache arrays of its own in the same blocks. It keeps its
+    setting `dtype`, its devices and `kv_cache_dtype`, and cache arrays of its own in the same blocks. It keeps its
     weights when the engine sleeps or gets others.
     """
     num_speculative_tokens: int = 7

@@ -34,6 +34,8 @@ class Engine:
 
     def __init__(self, runner: Runner, settings: HostSettings):
         self.runner, self.settings = runner, settings
+        self.drafts = True
+        """Whether the draft model, if there is one, is used; False after one of its steps has failed."""
         self.capacity = Capacity(runner, settings)
         self.requests: dict[str, Request] = {}
         self.metrics = Metrics(settings.log_interval)
@@ -72,7 +74,7 @@ class Engine:
         if config is None:
             return None
         if runner.program.draft is not None:
-            return ModelDrafter(config, runner, self.manager)
+            return ModelDrafter(config, runner, self.manager) if self.drafts else None
         return Drafter(config, runner.shapes.verify_buckets[-1], runner.lacks_to_verify)
 
     def _make_manager(self) -> CacheManager:

@@ -15,6 +15,7 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.distributed.group import Group
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.inputs.tokenizer import id_bound, load_tokenizer
+from jaxinfer.kernels.attention.choose import check_cache_dtype
 from jaxinfer.kv.groups import layout
 from jaxinfer.kv.spec import Full, Kind, Lent
 from jaxinfer.loading import weights
@@ -73,6 +74,8 @@ class DraftCheckpoint:
         """Check that all layers have full attention over tokens; return the configuration. Raises as `check`."""
         with _named(self.name):
             family, own = weights.parse(self.hf, self.directory)
+            stored = weights.config_dtype(self.hf) or family.stored_dtype
+            check_cache_dtype(config.kv_cache_dtype, weights.resolve_dtype(config.dtype, stored, "", family))
             module = weights.abstract(family, own, jnp.dtype("float32"), mesh, pad_heads=config.pad_heads)
             specs = tuple(module.cache_specs())
             if own.features is not None or own.cross is not None:
@@ -100,8 +103,8 @@ class DraftCheckpoint:
         least = target.vocab_size if theirs is None else id_bound(tokenizer)
         if own.vocab_size < least or (theirs is None and own.vocab_size != least):
             raise ConfigError(
-                f"its vocab_size is {own.vocab_size}, and the served model's is {target.vocab_size}; choose a draft "
-                "model with the same vocabulary"
+                f"its vocab_size is {own.vocab_size}, and the served model has {least} token ids; choose a draft model "
+                "with the same vocabulary"
             )
 
     def load(self, config: EngineConfig, mesh: Mesh, *, progress: bool) -> LanguageModel:

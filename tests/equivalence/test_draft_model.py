@@ -29,6 +29,7 @@ from jaxinfer.engine.runner.keys import Key
 from jaxinfer.engine.runner.programs import Programs
 from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.engine.speculation.drafter import Payoff
+from jaxinfer.errors import DraftError
 from jaxinfer.functional import split
 from jaxinfer.loading import weights
 from jaxinfer.sampling_params import SamplingParams
@@ -128,6 +129,20 @@ def test_a_model_that_knows_nothing():
     assert run(engine, wanted) == expected
     drafts, drafted, accepted = counts(engine)
     assert drafts > 10 and accepted < drafted / 4
+
+
+def test_requests_continue_without_drafts_after_the_draft_model_failed(monkeypatch, caplog):
+    base, wanted = random_runner(), mixed(EDGES)
+    expected = alone(base, wanted)
+    engine = make(base)
+
+    def fail(key, parts):
+        raise DraftError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(engine.runner, "draft", fail)
+    assert run(engine, wanted) == expected
+    assert counts(engine) == [0, 0, 0] and "drafts no more" in caplog.text
+    caplog.clear()  # no error may remain (`conftest`)
 
 
 def test_fewer_steps_are_taken_and_each_position_is_computed_once(monkeypatch):

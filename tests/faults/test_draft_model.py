@@ -39,7 +39,7 @@ def drafting(path, **fields):
     [
         (
             CONFIG | {"vocab_size": CONFIG["vocab_size"] + 8},
-            r"its vocab_size is \d+, and the served model's is \d+; choose",
+            r"its vocab_size is \d+, and the served model has \d+ token ids; choose",
         ),
         (tiny.config("lfm2"), "it has layers of kind recurrent, and a draft model's layers must all have full"),
         (tiny.CONFIG | tiny.HYBRIDS["alternating"], r"it has layers of kind sliding\(10\)"),

@@ -36,7 +36,7 @@ from jaxinfer.engine.runner.step_sampling import Sampled
 from jaxinfer.engine.sampling.sampler import Edits, Logprobs
 from jaxinfer.engine.sizing.memory import MemoryUse
 from jaxinfer.engine.structured.masks import fill_masks
-from jaxinfer.errors import EngineError
+from jaxinfer.errors import DraftError, EngineError
 from jaxinfer.functional import Program
 from jaxinfer.functional.taps import Captured
 from jaxinfer.kernels.attention.paged import Cache
@@ -198,13 +198,13 @@ class Runner:
         """Run a step of the draft model on the parts of its packed vector; return what it drafts, `[most, B]`.
 
         Raises:
-            EngineError: the step failed.
+            DraftError: the step failed.
         """
         try:
             self._launch(key, batches.pack(key, parts))
             return np.asarray(self.drafted) if isinstance(key, DraftSteps) else None
         except Exception as error:
-            raise EngineError(f"the {key} failed: {type(error).__name__}: {error}") from error
+            raise DraftError(f"the {key} failed: {type(error).__name__}: {error}") from error
 
     def _missing(self, launches: Iterable[Launch]) -> Compilations:
         """Begin to compile the programs that launches lack, and return them."""

@@ -33,6 +33,8 @@ class Payoff:
         self._verified: list[tuple[float, float]] = []
         """Seconds of the last steps with drafts, and the tokens that each made of a sequence."""
         self._next = PAUSE
+        self._spent = 0.0
+        """Seconds of drafting for these steps."""
 
     def note_decode(self, seconds: float) -> None:
         """Record a decode step. A time above the estimate counts half, as one slow step is no measure of the others."""
@@ -40,13 +42,19 @@ class Payoff:
         self._decode = seconds if known is None or seconds < known else (known + seconds) / 2
         self.pause = max(0, self.pause - 1)
 
-    def note_verify(self, seconds: float, made: float) -> None:
-        """Record a step that verified drafts and made `made` tokens of each sequence."""
+    def note_verify(self, seconds: float, made: float, spent: float = 0.0) -> None:
+        """Record a step that verified drafts and made `made` tokens of each sequence.
+
+        `spent`: seconds of drafting before it. They count for every step, as the one before which the draft model
+        reads a prompt is the slowest in any case.
+        """
+        self._spent += spent
         self._verified.append((seconds, made))
         if len(self._verified) < WINDOW:
             return
         kept, self._verified = sorted(self._verified)[:-1], []
-        if self._decode is not None and sum(s for s, _ in kept) > self._decode * sum(made for _, made in kept):
+        spent, self._spent = self._spent + sum(s for s, _ in kept), 0.0
+        if self._decode is not None and spent > self._decode * sum(made for _, made in kept):
             self.pause, self._next = self._next, min(2 * self._next, LONGEST_PAUSE)
         else:
             self._next = PAUSE
@@ -82,10 +90,14 @@ class Drafter:
         """Tokens made of each sequence by the step that is being committed."""
         self._spent = 0.0
         """Seconds that drafting has taken since the last step with drafts."""
+        self._reads_prompts = False
+        """Whether the device computes something else before the next decode step."""
 
     def may_draft(self, sequences: Sequence[Sample]) -> bool:
         """Return whether some of the running sequences may get a draft, so that their tokens must be read first."""
-        return not self.payoff.pause and any(map(self._is_due, sequences)) and not any(map(_excludes, sequences))
+        if self.payoff.pause or len(sequences) >= self._most:
+            return False
+        return any(map(self._is_due, sequences)) and not any(map(_excludes, sequences))
 
     def propose(self, sequences: Sequence[Sample], rows: np.ndarray, remaining: np.ndarray) -> list[np.ndarray] | None:
         """Return a draft for each sequence of a decode step, possibly empty; None if all are.
@@ -147,11 +159,12 @@ class Drafter:
         made, self._made = self._made, []
         if made:
             spent, self._spent = self._spent, 0.0
+        delayed, self._reads_prompts = self._reads_prompts, False
         if seconds is None:
             return
         if made:
-            self.payoff.note_verify(seconds + spent, sum(made) / len(made))
-        else:
+            self.payoff.note_verify(seconds, sum(made) / len(made), spent)
+        elif not delayed:
             self.payoff.note_decode(seconds)
 
 

@@ -8,10 +8,10 @@ import numpy as np
 from jaxinfer.engine.request import Sequence as Sample
 from jaxinfer.engine.runner.batch import sampling_rows
 from jaxinfer.engine.runner.buckets import read_size
-from jaxinfer.engine.runner.draft_steps import fill_key, fill_sizes, steps_key
+from jaxinfer.engine.runner.draft_steps import DraftFill, DraftSteps, fill_key, fill_sizes, steps_key
 from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.engine.speculation.draft_keys import DraftKeys
-from jaxinfer.engine.speculation.drafter import Drafter
+from jaxinfer.engine.speculation.drafter import LONGEST_PAUSE, Drafter
 from jaxinfer.functional import prefill_batch
 from jaxinfer.kv.interface import CacheManager
 from jaxinfer.speculative_config import SpeculativeConfig
@@ -47,11 +47,21 @@ class ModelDrafter(Drafter):
         counts = self._counts(sequences, remaining)
         if not any(counts) or self._lacks(sequences, rows, len(sequences) + sum(counts)):
             return None
-        began = time.monotonic()
+        began, compiled = time.monotonic(), len(self._runner.programs.seconds)
         drafts = self._draft(sequences, rows, counts)
-        self._spent += time.monotonic() - began
+        if compiled == len(self._runner.programs.seconds):
+            self._spent += time.monotonic() - began
         tokens = len(sequences) + sum(map(len, drafts))
         return None if tokens <= len(sequences) or self._lacks(sequences, rows, tokens) else drafts
+
+    def _is_due(self, sequence: Sample) -> bool:
+        return sequence.length < self._longest and super()._is_due(sequence)
+
+    def _misses(self, key: DraftFill | DraftSteps) -> bool:
+        """Return whether a program of the draft model is missing, and begin to compile it; if it cannot be, pause."""
+        if key in self._runner.programs.failed:
+            self.payoff.pause = LONGEST_PAUSE
+        return self._runner.lacks([key])
 
     def leave(self, sequence: Sample) -> None:
         """Forget what the draft model has computed of a sequence that is about to lose its row."""
@@ -80,6 +90,8 @@ class ModelDrafter(Drafter):
         chosen = [i for i, n in enumerate(counts) if n and self._manager.grow(rows[i : i + 1], n + 1) is not None]
         ready = self._fill([sequences[i] for i in chosen])
         chosen = [i for i, filled in zip(chosen, ready, strict=True) if filled]
+        # What the draft model reads of prompts is computed before the step that is timed.
+        self._reads_prompts = not all(ready)
         if chosen:
             found = self._steps([sequences[i] for i in chosen], rows[chosen], np.array([counts[i] for i in chosen]))
             for i, draft in zip(chosen, found, strict=True):
@@ -98,7 +110,7 @@ class ModelDrafter(Drafter):
         some = [i for i, count in enumerate(counts) if count]
         if some:
             key = fill_key(self._runner.program, shapes, sum(counts))
-            if self._runner.lacks([key]):
+            if self._misses(key):
                 return [not count for count in lacking]
             last = self._runner.program.draft.vocab - 1
             chunks = [(np.minimum(sequences[i].tokens[known[i] :][: counts[i]], last), known[i], 0) for i in some]
@@ -115,7 +127,7 @@ class ModelDrafter(Drafter):
         lengths, size = np.array([sequence.length for sequence in sequences]), len(sequences)
         reads = read_size(shapes, lengths + counts - 2, np.zeros((size, 2), np.int32))
         key = steps_key(runner.program, shapes, size, reads, runner.row_params.needs(rows).level)
-        if runner.lacks([key]):
+        if self._misses(key):
             return [NONE] * size
         parts = {name: np.zeros(shape, np.int32) for name, shape in key.shapes.items()}
         parts["positions"][:] = -1

@@ -140,6 +140,11 @@ def test_no_draft_while_tokens_are_unread_or_the_program_is_missing():
     assert propose(one, own) is None and asked == [4]
 
 
+def test_tokens_are_not_read_first_where_a_step_has_no_room_for_drafts():
+    one = drafter(most=2)
+    assert one.may_draft([sequence()]) and not one.may_draft([sequence(), sequence()])
+
+
 def test_drafts_pause_while_they_make_fewer_tokens_a_second():
     payoff = Payoff()
     payoff.note_decode(1.0)
@@ -152,6 +157,11 @@ def test_drafts_pause_while_they_make_fewer_tokens_a_second():
     for _ in range(WINDOW):
         payoff.note_verify(2.1, 2.0)
     assert payoff.pause == PAUSE
+    payoff.pause = 0
+    for spent in [10.0, *[0.0] * (WINDOW - 1)]:
+        payoff.note_verify(1.9 + spent / 10, 2.0, spent)
+    assert payoff.pause, "what drafting took counts, even before the slowest step"
+    payoff.pause = PAUSE
     one, own = drafter(), sequence()
     one.payoff = payoff
     assert propose(one, own) is None
