@@ -343,19 +343,29 @@ class Attention(nnx.Module):
         """Return whether one kernel norms and rotates queries and keys (`_native`)."""
         spec, norms = self.spec, [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
         other = spec.lender is not None or spec.keys_are_values or spec.gated or spec.norm_whole or spec.value_norm
-        if other or spec.rotated_norm is not None or not self.qkv.is_whole or any(norm.tapped for norm in norms):
+        if other or spec.rotated_norm is not None or self.qkv.tp > 1:
             return False
-        return rowwise.serves(self.qkv.kernel, x, *(norm.scale[...] for norm in norms))
+        beside = [norm.scale[...] for norm in norms] + ([] if self.qkv.bias is None else [self.qkv.bias[...]])
+        return rowwise.serves(self.qkv.kernel, x, *beside)
 
     def _native(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-        """Return queries, keys and values, each `[T, 1, heads, D]`, before `_grown`."""
-        scales, how = None, rowwise.RmsScaling(0.0, *Scaling())
-        if self.q_norm is not None:
-            scales, how = (self.q_norm.scale[...], self.k_norm.scale[...]), self.q_norm.how
-        heads = tuple(output.columns(1) // self.spec.head_dim for output in self.qkv.outputs[:2])
-        made = rowwise.turn(
-            self.qkv.whole(x), *rope, scales, how, heads, self.spec.head_dim, interleaved=self.spec.interleaved
-        )
+        """Return queries, keys and values, each `[T, 1, heads, D]`, before `_grown`.
+
+        The bits are the same where something reads or changes the projections or norms apart: a deterministic engine
+        may do so, and its trainer not.
+        """
+        scales, how, dim = None, rowwise.RmsScaling(0.0, *Scaling()), self.spec.head_dim
+        norms = [] if self.q_norm is None else [self.q_norm, self.k_norm]
+        if self.qkv.is_whole and not any(norm.tapped for norm in norms):
+            qkv = self.qkv.whole(x)
+            if norms:
+                scales, how = tuple(norm.scale[...] for norm in norms), norms[0].how
+        else:
+            parts = [y.reshape(*y.shape[:2], -1, dim) for y in self.qkv(x)]
+            parts[: len(norms)] = [norm(y) for norm, y in zip(norms, parts, strict=False)]
+            qkv = jnp.concatenate([y.reshape(y.shape[0], -1) for y in parts], axis=1)
+        heads = tuple(output.columns(1) // dim for output in self.qkv.outputs[:2])
+        made = rowwise.turn(qkv, *rope, scales, how, heads, dim, interleaved=self.spec.interleaved)
         return tuple(part[:, None] for part in made)
 
     def _turned(self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:

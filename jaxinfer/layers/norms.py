@@ -58,8 +58,9 @@ class RMSNorm(nnx.Module):
     def of_sum(self, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return `x + y` and that sum normalized."""
         scale = self.scale[...]
-        if rowwise.serves(self.kernel, x, y, scale) and not self.tapped:
-            return rowwise.add_rms_norm(x, y, scale, self.how)
+        if rowwise.serves(self.kernel, x, y, scale):
+            total, normed = rowwise.add_rms_norm(x, y, scale, self.how)
+            return total, self(total) if self.tapped else normed
         x = x + y
         return x, self(x)
 
@@ -70,7 +71,7 @@ class RMSNorm(nnx.Module):
 
     @property
     def tapped(self) -> bool:
-        """Whether the output of calls is read or changed (`functional.taps`): then no kernel takes their place."""
+        """Whether the output of calls is read or changed (`functional.taps`)."""
         return type(self).__call__ is not RMSNorm.__call__
 
 

@@ -295,6 +295,8 @@ ffi::Error TurnImpl(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::AnyBuffer cos
   const int64_t dim = q->dimensions()[2], heads = q->dimensions()[1] + 2 * k->dimensions()[1];
   if (heads * dim != qkv.dimensions()[1] || 2 * cos.dimensions()[1] > dim)
     return ffi::Error::InvalidArgument("columns of q, k and v differ from their matrix, or more are rotated");
+  if (q_scale.element_type() != qkv.element_type() || k_scale.element_type() != qkv.element_type())
+    return ffi::Error::InvalidArgument("scales are of another dtype than queries and keys");
   const Scaling how{eps, offset, wide};
   if (qkv.element_type() == ffi::DataType::BF16)
     TurnRows<BF16>(pool, qkv, cos, sin, q_scale, k_scale, q, k, v, how, interleaved);

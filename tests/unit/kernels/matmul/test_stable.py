@@ -71,3 +71,13 @@ def test_buckets_are_refused(name: str):
         deterministic.settings(EngineConfig(deterministic=True, **{name: [8]}), program)
     settings = deterministic.settings(EngineConfig(deterministic=True, max_num_seqs=199), program)
     assert settings.max_num_batched_tokens == 199
+
+
+@native
+def test_steps_are_larger_where_padding_is_skipped():
+    program = replace(random_runner().program, deterministic=True, kernel="native", dtype=jnp.dtype("float32"))
+    tokens = {
+        kernel: deterministic.settings(EngineConfig(deterministic=True, matmul_kernel=kernel), program)
+        for kernel in ("native", "xla")
+    }
+    assert tokens["native"].max_num_batched_tokens > tokens["xla"].max_num_batched_tokens
