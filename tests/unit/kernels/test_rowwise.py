@@ -68,8 +68,8 @@ def test_gated_activations(activation: str, dtype: str):
 @DTYPES
 def test_activations_of_numbers_that_are_not_finite_are_those_of_xla(activation: str, dtype: str):
     """Zeros are not computed, unless the other operand is something else."""
-    gate = jnp.asarray(np.array([[np.nan, np.inf, -np.inf, 1e30, -1e30, 0, 0, 0]], jnp.dtype(dtype)))
-    up = jnp.asarray(np.array([[1, 1, 1, 1, 1, np.nan, np.inf, 0]], jnp.dtype(dtype)))
+    gate = jnp.asarray(np.array([[np.nan, np.inf, -np.inf, 1e30, -1e30, 0, 0, 0], [0] * 8], jnp.dtype(dtype)))
+    up = jnp.asarray(np.array([[1, 1, 1, 1, 1, np.nan, np.inf, 0], [1, np.nan] * 4], jnp.dtype(dtype)))
     found = rowwise.gated(gate, up, activation, 8, (0, 0))
     expected = jax.jit(lambda gate, up: ACTIVATIONS[activation](gate) * up)(gate, up)
     np.testing.assert_array_equal(floats(found), floats(expected))
