@@ -126,7 +126,7 @@ def _size(
     params, draft_params = weights
 
     def choose(budget: Budget) -> Shapes:
-        made = choose_shapes(model, program, config, budget, weights=memory.device_bytes(params))
+        made = choose_shapes(model, program, config, budget)
         return replace(made, sampled_vocab=min(vocab, program.vocab))
 
     budget, device = default_budget(program, config), None
@@ -149,7 +149,6 @@ def choose_shapes(
     budget: Budget,
     *,
     platform: str | None = None,
-    weights: int | None = None,
 ) -> Shapes:
     """Choose the shapes of the compiled steps from the settings, the model and the cache's budget.
 
@@ -158,7 +157,6 @@ def choose_shapes(
         config: engine settings.
         budget: memory for the cache.
         platform: of the devices that the shapes are for, "cpu" or "gpu"; by default the mesh's.
-        weights: bytes of the parameters on a device; None for many.
     """
     gpu = (platform or _platform(program)) != "cpu"
     rows, tokens = _step_sizes(config, gpu=gpu)
@@ -196,7 +194,7 @@ def choose_shapes(
         capture=_capture(config),
         verify_buckets=verify_buckets(program, config, rows, gpu=gpu),
         draft_tokens=0 if program.draft is None else config.speculative_config.num_speculative_tokens,
-        joint_buckets=joint_buckets(program, config, rows, prefills, weights, gpu=gpu),
+        joint_buckets=joint_buckets(program, config, rows, prefills, gpu=gpu),
     )
 
 
