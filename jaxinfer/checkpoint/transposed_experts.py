@@ -39,9 +39,9 @@ class TransposedExperts:
         for part in ("gate_up_proj", "down_proj"):
             if prefix + part not in self._source.names():
                 raise CheckpointError(
-                    f"{prefix}{part} is missing beside its counterpart: only gate_up_proj and down_proj together show "
-                    "which way experts are stored. Weights of these experts cannot be updated, as an update reads "
-                    "tensors one by one; load a checkpoint that has both"
+                    f"{prefix}{part} is not there beside its counterpart: only gate_up_proj and down_proj together "
+                    "show which way experts are stored. Weights of these experts cannot be updated by name, as an "
+                    "update reads tensors one by one; load a checkpoint that has both"
                 )
             shapes[part] = tuple(self._source.info(prefix + part).shape)
         (_, *gate_up), (_, *down) = shapes.values()

@@ -92,7 +92,8 @@ def prefill(
         Float32 logits `[S, V']` of the tokens in `batch.last`, and the cache with the tokens' keys and values.
 
     Raises:
-        ValueError: `batch.tables` are not those of the model's groups, or `batch.seen` is missing.
+        ValueError: `batch.tables` are not those of the model's groups, or `batch.seen` or `batch.rope_positions` is
+            missing.
     """
     hidden, cache = prefill_hidden(program, params, cache, batch, features)
     return program.module(params).logits(hidden[batch.last]), cache
@@ -114,7 +115,15 @@ def prefill_hidden(
         program, params, cache, batch, features: as for `prefill`.
         taps: module outputs that are recorded or changed (`functional.taps`).
         routed: experts of each layer's tokens, in place of the routers' own choice (`StepContext.routed`).
+
+    Raises:
+        ValueError: as `prefill`.
     """
+    if features is not None and program.features.rope_axes and batch.rope_positions is None:
+        raise ValueError(
+            "rope_positions is None, but this model's rope turns image tokens by row and column: pass "
+            f"[{batch.tokens.shape[0]}, {program.features.rope_axes}], and rope_positions of later decodes as well"
+        )
     tables, size = _flat(program, batch.tables)
     tiles = [batch.tiles.at[:, 0].add(group * size) if group else batch.tiles for group in range(program.layout.groups)]
     rows: list[PrefillTiles | JointRows] = [

@@ -33,6 +33,8 @@ class ImageFormat:
     before: str = ""
     after: str = ""
     """Text before and after the rows of an image."""
+    chat: str | None = None
+    """Text of an image in a chat whose template does not handle images; None for the placeholder."""
     aliases: tuple[str, ...] = ()
     """Alternatives for `placeholder` that users may write."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -71,8 +73,8 @@ class ImageProcessor:
             ImportError: Pillow or transformers' processor is missing; the message says what to install.
         """
         if self._form.units is not None:
+            outputs = self.outputs(rgb)
             try:
-                outputs = self.outputs(rgb)
                 return self._form.units(self._made, outputs, self._shape)
             except CheckpointError as error:
                 raise CheckpointError(f"{self._directory}: {error}") from error
@@ -103,7 +105,7 @@ class ImageProcessor:
         if cls is None:
             raise CheckpointError(
                 f"{self._directory}: image_processor_type is {name!r}, which the installed transformers does not have; "
-                "upgrade it, or pass multi_modal_data={'pixel_values': ...}"
+                f"upgrade it{self._instead}"
             )
         return cls(**settings)
 
@@ -116,8 +118,13 @@ class ImageProcessor:
             return found
         raise CheckpointError(
             f"{self._directory} has no preprocessor_config.json or processor_config.json that names an image "
-            "processor; add the model's own, or pass multi_modal_data={'pixel_values': ...}"
+            f"processor; add the model's own{self._instead}"
         )
+
+    @property
+    def _instead(self) -> str:
+        """What else an error can advise: families with tiles take preprocessed ones."""
+        return "" if self._form.units else ", or pass multi_modal_data={'pixel_values': ...}"
 
 
 def _find(name: str) -> Any:

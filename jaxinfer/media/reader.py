@@ -41,8 +41,8 @@ class MediaReader:
 
     @property
     def marker(self) -> str | None:
-        """Marker of an image in the text of a prompt."""
-        return None if self.form is None else self.form.placeholder
+        """Text of an image in a chat whose template does not handle images."""
+        return None if self.form is None else self.form.chat or self.form.placeholder
 
     def read(self, data: Mapping[str, Any] | None, index: int) -> tuple[EncoderInput, ...]:
         """Validate and preprocess the images of prompt number `index`.

@@ -171,6 +171,8 @@ def test_logits_at_every_position_equal_transformers(name, tmp_path):
         for parts in PARTS
     ]
     features = FeatureRows(made, feature_index(prompts, loaded.PROMPT_TOKENS))
+    with pytest.raises(ValueError, match="rope_positions is None, but this model's rope turns image tokens"):
+        loaded.logits(tmp_path, prompts, FOLLOWING, features=features)
     found = loaded.logits(tmp_path, prompts, FOLLOWING, features=features, ropes=ropes)
 
     def expected() -> list[np.ndarray]:

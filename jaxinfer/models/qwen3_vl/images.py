@@ -33,5 +33,5 @@ def units(processor: Any, outputs: Mapping[str, Any], shape: tuple[int, ...]) ->
     return np.ascontiguousarray(values, np.float32), np.concatenate([grid, sizes], axis=1).astype(np.int32)
 
 
-IMAGES = ImageFormat(placeholder="<|image_pad|>", units=units)
-"""Chat templates write the marker between <|vision_start|> and <|vision_end|>."""
+IMAGES = ImageFormat(placeholder="<|image_pad|>", chat="<|vision_start|><|image_pad|><|vision_end|>", units=units)
+"""The model's chat template writes the marker between <|vision_start|> and <|vision_end|>."""

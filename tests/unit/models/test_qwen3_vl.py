@@ -99,6 +99,16 @@ def test_a_processor_that_does_not_match_the_model(change, tmp_path):
         read.read({"image": picture(20, 20)}, 0)
 
 
+def test_a_checkpoint_without_a_processor(tmp_path):
+    read = MediaReader(FEATURES, None, IMAGES, ImageProcessor(IMAGES, tmp_path, {}, FEATURES.shape))
+    with pytest.raises(CheckpointError, match=r"^[^:]* has no preprocessor_config.json .*add the model's own$"):
+        read.read({"image": picture(20, 20)}, 0)
+
+
+def test_images_in_chats_of_text_templates_have_the_tokens_around_them():
+    assert MediaReader(FEATURES, None, IMAGES).marker == "<|vision_start|><|image_pad|><|vision_end|>"
+
+
 def test_images_have_the_processor_s_size(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     read = MediaReader(FEATURES, None, IMAGES, ImageProcessor(IMAGES, tmp_path, {}, FEATURES.shape))
@@ -117,7 +127,7 @@ def test_images_are_not_divided_over_an_axis():
 
 def test_experts_of_shapes_that_do_not_fit():
     name = "model.language_model.layers.0.mlp.experts."
-    for down, message in (((4, 24, 30), "do not fit: expected"), (None, "down_proj is missing beside")):
+    for down, message in (((4, 24, 30), "do not fit: expected"), (None, "down_proj is not there beside")):
         held = {name + "gate_up_proj": np.zeros((4, 32, 48))} | (
             {} if down is None else {name + "down_proj": np.zeros(down)}
         )
