@@ -180,8 +180,10 @@ def attend(
         q, k, v = (None if x is None else x[:, 0] for x in (q, k, v))
         sinks = None if sinks is None else sinks[0]
         how = {"scoring": scoring, "sinks": sinks}
-        run = prefill = partial(kernel.prefill, tile=step.tile, **how)
-        if isinstance(step.rows, DecodeRows | JointRows):  # training's implementation has no decode
+        # Some implementations have one of the two only: that of training, and caches of one's own.
+        if not isinstance(step.rows, DecodeRows):
+            run = prefill = partial(kernel.prefill, tile=step.tile, **how)
+        if isinstance(step.rows, DecodeRows | JointRows):
             run = decode = partial(kernel.decode, items=step.items, **how)
         if isinstance(step.rows, JointRows):
             out, kv_cache = joint.attend(prefill, decode, (q, k, v), kv_cache, step.slots, step.rows)

@@ -78,7 +78,7 @@ def test_fp8_codes_need_a_gpu_that_converts_them(monkeypatch: pytest.MonkeyPatch
 def test_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match="NVIDIA GPU of compute capability 8.0 or more; 'auto' selects"):
         attention.choose("triton", make_mesh())
-    with pytest.raises(ConfigError, match="must be .*triton, got 'cudnn'"):
+    with pytest.raises(ConfigError, match="must be .*triton or mosaic, got 'cudnn'"):
         attention.choose("cudnn", make_mesh())
     mesh = given(monkeypatch, Device(), version=None)
     with pytest.raises(ConfigError, match="triton is not installed; pip install"):
