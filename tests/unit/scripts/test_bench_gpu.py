@@ -330,7 +330,7 @@ def test_every_row_runs_at_toy_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ), row.name
     for name in ("decode-1", "prefill-4096"):
         figures = results[name]["figures"]
-        assert figures["roofline_ms"] > 0 and figures["roofline_bytes"] > 1e4  # a CPU's own products are not counted
+        assert figures["roofline_ms"] > 0 and figures["roofline_bytes"] > 1e3  # a CPU's own kernels are not counted
 
 
 def test_no_row_takes_more_than_45_seconds():
