@@ -103,7 +103,7 @@ def test_perplexity_is_transformers_and_bfloat16_errs_no_more(model):
     perplexity = math.exp(-np.concatenate(exact).mean(dtype=np.float64))
     print(f"perplexity of transformers in float32 {perplexity:.4f}, here", measured)
     assert measured["float32"] == pytest.approx(perplexity, rel=1e-4)
-    assert measured["bfloat16"] == pytest.approx(perplexity, rel=2e-3)
+    assert measured["bfloat16"] == pytest.approx(perplexity, rel=3e-3)
     first = slice(len(rounded))
     assert error(ours["bfloat16"][first], exact[0]) <= 1.2 * error(rounded, exact[0])
     assert error(ours["float32"][first], exact[0]) < 1e-4
