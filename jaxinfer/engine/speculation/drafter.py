@@ -18,6 +18,9 @@ PAUSE = 64
 """Decode steps without drafts after steps with drafts made fewer tokens a second than decode steps; twice as many each
 time that the steps after a pause do so again, up to `LONGEST_PAUSE`."""
 LONGEST_PAUSE = 1024
+TRIAL = 4
+"""Decode steps without drafts after the first `WINDOW` steps with drafts if none was measured before; of several, as
+one may wait for its program to compile."""
 WINDOW = 8
 """Number of steps with drafts after which their speed is judged; the slowest, which may have compiled, is left out."""
 
@@ -54,7 +57,9 @@ class Payoff:
             return
         kept, self._verified = sorted(self._verified)[:-1], []
         spent, self._spent = self._spent + sum(s for s, _ in kept), 0.0
-        if self._decode is not None and spent > self._decode * sum(made for _, made in kept):
+        if self._decode is None:
+            self.pause = TRIAL
+        elif spent > self._decode * sum(made for _, made in kept):
             self.pause, self._next = self._next, min(2 * self._next, LONGEST_PAUSE)
         else:
             self._next = PAUSE

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny import make_request
 
-from jaxinfer.engine.speculation.drafter import LONGEST_WAIT, PAUSE, WINDOW, Drafter, Payoff
+from jaxinfer.engine.speculation.drafter import LONGEST_WAIT, PAUSE, TRIAL, WINDOW, Drafter, Payoff
 from jaxinfer.engine.speculation.prompt_lookup import find_draft
 from jaxinfer.errors import ConfigError
 from jaxinfer.sampling_params import SamplingParams
@@ -168,6 +168,20 @@ def test_drafts_pause_while_they_make_fewer_tokens_a_second():
     for _ in range(PAUSE):
         one.note_step(1.0)
     assert propose(one, own) == [[1, 2, 3]]
+
+
+def test_drafts_pause_to_measure_decode_steps_where_none_ran_before():
+    payoff = Payoff()
+    for _ in range(WINDOW):
+        payoff.note_verify(2.1, 2.0)
+    assert payoff.pause == TRIAL
+    payoff.note_decode(50.0)
+    for _ in range(TRIAL - 1):
+        payoff.note_decode(1.0)
+    assert not payoff.pause
+    for _ in range(WINDOW):
+        payoff.note_verify(2.1, 2.0)
+    assert payoff.pause == PAUSE
 
 
 @pytest.mark.parametrize(
