@@ -1,8 +1,9 @@
 """Present stacked experts in the layout of `models.moe_rules`, `[E, out, in]`, if a checkpoint stores `[E, in, out]`.
 
-Qwen3-VL's published checkpoints store them so; transformers 5 writes `[E, out, in]` and reads both. The two tensors of
-a layer tell which it is: with F columns an expert, gate and up have 2F and down has F. A weight update reads tensors
-one by one, so it is refused.
+Llama 4's checkpoints always store them so: `gate_up_proj` is `[E, M, 2F]`, the gate's columns first, and `down_proj`
+`[E, F, M]`. Qwen3-VL's published checkpoints do, too, but transformers 5 writes `[E, out, in]` and reads both. There
+the two tensors of a layer tell which it is: with F columns an expert, gate and up have 2F and down has F. A weight
+update reads tensors one by one, so it is refused.
 """
 
 import re
@@ -23,18 +24,30 @@ class Turned(NamedTuple):
 
 
 class TransposedExperts:
-    """Source of tensors whose stacked experts are `[E, out, in]`, however the checkpoint stores them."""
+    """Source of tensors whose stacked experts are `[E, out, in]`, however the checkpoint stores them.
 
-    def __init__(self, source: Source):
-        self._source, names = source, set(source.names())
-        self._turned = {name for name in names if (found := _EXPERTS.fullmatch(name)) and self._is_turned(found[1])}
+    Only the requested slices are read.
+    """
 
-    def _is_turned(self, prefix: str) -> bool:
-        """Return whether a layer's experts are stored as `[E, in, out]`.
+    def __init__(self, source: Source, *, always: bool = False):
+        """Find the tensors to transpose.
+
+        Args:
+            source: tensors of a checkpoint.
+            always: whether stacks of experts are known to be `[E, in, out]`; otherwise their shapes tell.
 
         Raises:
-            CheckpointError: one of the two tensors is missing, or their shapes do not fit.
+            CheckpointError: one of a layer's two tensors is missing, or their shapes do not fit; not with `always`.
         """
+        self._source = source
+        stacks = {name: found[1] for name in source.names() if (found := _EXPERTS.fullmatch(name))}
+        if always:
+            self._turned = {name for name in stacks if len(source.info(name).shape) == 3}
+        else:
+            self._turned = {name for name, prefix in stacks.items() if self._is_turned(prefix)}
+
+    def _is_turned(self, prefix: str) -> bool:
+        """Return whether a layer's experts are stored as `[E, in, out]`."""
         shapes = {}
         for part in ("gate_up_proj", "down_proj"):
             if prefix + part not in self._source.names():

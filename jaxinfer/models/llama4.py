@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 
 from jaxinfer.checkpoint.config_reader import ConfigReader
-from jaxinfer.checkpoint.llama4_weights import TransposedExperts, transpose
 from jaxinfer.checkpoint.plain_json import show
+from jaxinfer.checkpoint.transposed_experts import TransposedExperts, transposed
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.attention import Growth
 from jaxinfer.layers.moe import MoEConfig
@@ -133,7 +133,7 @@ FAMILY = Family(
     config,
     Decoder,
     partial(weight_rules, names=NAMES),
-    source=TransposedExperts,
-    restore=transpose,
+    source=partial(TransposedExperts, always=True),
+    restore=transposed,
     ignored=NOT_TEXT,
 )

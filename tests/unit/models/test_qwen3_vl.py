@@ -138,3 +138,5 @@ def test_experts_of_shapes_that_do_not_fit():
     assert [tuple(turned.info(one).shape) for one in square] == [(4, 32, 32), (4, 32, 16)]
     part = turned.read(name + "down_proj", (slice(1, 3), slice(0, 5), slice(2, 16)))
     assert part.shape == (2, 5, 14)
+    always = TransposedExperts(MemorySource({name + "gate_up_proj": np.zeros((4, 32, 48))}), always=True)
+    assert tuple(always.info(name + "gate_up_proj").shape) == (4, 48, 32)
