@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,11 @@ class Program:
     def module(self, params: Sequence[Array]) -> LanguageModel:
         """Return the module with these parameters; under a trace this costs nothing at run time."""
         return nnx.merge(self.graph, jax.tree.unflatten(self.tree, params))
+
+    def places(self, kind: Any = ...) -> dict[str, int]:
+        """Return each parameter's place in the list by its path in the module; `kind` is a filter of NNX."""
+        numbered = nnx.filter_state(jax.tree.unflatten(self.tree, range(self.tree.num_leaves)), kind)
+        return {".".join(map(str, path)): one.get_value() for path, one in nnx.to_flat_state(numbered)}
 
 
 def split(

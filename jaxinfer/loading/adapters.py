@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -137,8 +136,7 @@ class AdapterTable:
 
     def __init__(self, program: Program, module: LanguageModel, config: EngineConfig):
         self._mesh, self._module, self._rank = program.mesh, module, config.max_adapter_rank
-        numbered = jax.tree.unflatten(program.tree, range(program.tree.num_leaves))
-        places = {".".join(map(str, path)): one.get_value() for path, one in nnx.to_flat_state(numbered)}
+        places = program.places(layers.AdapterWeight)
         self._parts = layers.parts(module)
         self._places = {
             path: {name: places[f"{path}.adapters.{name}"] for name, _ in _weights(part)}
@@ -247,20 +245,10 @@ class AdapterTable:
         return format_names(list(dict.fromkeys(names)))
 
     def _table(self) -> dict[str, Rule]:
-        """Return the rules of the model's weight table by all names that a checkpoint's tensors may have.
-
-        Raises:
-            ConfigError: the module was not made by `loading.weights`.
-        """
+        """Return the rules by all names that a checkpoint's tensors may have; raises as `registry.family_of`."""
         if self._rules is None:
-            name = getattr(self._module, "architecture", "")
-            if not name:
-                raise ConfigError(
-                    f"adapters: this {type(self._module).__name__} does not say its architecture, by which the names "
-                    "of layers are known; make it with loading.weights.load or loading.weights.random"
-                )
-            table = registry.family({"architectures": [name]}).weight_rules(self._module.config)
-            self._rules = {own: rule for rule in table for own in (*naming.known_names([rule]),)}
+            table = registry.family_of(self._module, "adapters").weight_rules(self._module.config)
+            self._rules = {own: rule for rule in table for own in naming.known_names([rule])}
         return self._rules
 
     def install(self, prepared: Prepared, params: list[Any]) -> Adapter:

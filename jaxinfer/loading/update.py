@@ -102,9 +102,7 @@ class WeightTable:
         self.module = program.module(self._specs)
         """The module with shapes in place of arrays."""
         self._params = rules.parameters(self.module)
-        numbered = jax.tree.unflatten(program.tree, range(len(self._specs)))
-        own = nnx.filter_state(numbered, nnx.Not(AdapterWeight))
-        self._places: dict[str, int] = {_path(path): one.get_value() for path, one in nnx.to_flat_state(own)}
+        self._places = program.places(nnx.Not(AdapterWeight))
         scales = {path: param for path, param in self._params.items() if "scales_of" in param.get_metadata()}
         self._scales = {rules.weight_of(path, param): path for path, param in scales.items()}
         packings = ((path, param.get_metadata().get("packing")) for path, param in self._params.items())
@@ -240,19 +238,9 @@ class WeightTable:
         return nnx.filter_state(jax.tree.unflatten(self._program.tree, params), nnx.Not(AdapterWeight))
 
     def _family(self) -> tuple[Family, Sequence[Rule]]:
-        """Return the model's family and its weight table.
-
-        Raises:
-            ConfigError: the module was not made by `loading.weights`.
-        """
+        """Return the model's family and its weight table; raises as `registry.family_of`."""
         if self._found is None:
-            name = getattr(self.module, "architecture", "")
-            if not name:
-                raise ConfigError(
-                    f"weights by Hugging Face names: this {type(self.module).__name__} does not say its architecture; "
-                    "make it with loading.weights.load or loading.weights.random, or pass the state of the module"
-                )
-            family = registry.family({"architectures": [name]})
+            family = registry.family_of(self.module, "weights by Hugging Face names")
             self._found = family, family.weight_rules(self.module.config)
         return self._found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
-from jaxinfer.models.base import Family
+from jaxinfer.models.base import Family, LanguageModel
 
 ALIASES: Mapping[str, str] = {"LLaMAForCausalLM": "LlamaForCausalLM", "PhiMoEForCausalLM": "PhimoeForCausalLM"}
 """Architecture names written by early versions of transformers, or by the code that a model was published with."""
@@ -87,3 +87,22 @@ def family(config: Mapping[str, object]) -> Family:
         ConfigError: as `architecture`.
     """
     return families()[architecture(config)]
+
+
+def family_of(module: LanguageModel, what: str) -> Family:
+    """Return the family of a module that was made from a checkpoint's config.json.
+
+    Args:
+        module: the model.
+        what: for which the names of tensors are needed, for the message.
+
+    Raises:
+        ConfigError: the module does not name its architecture.
+    """
+    name = getattr(module, "architecture", "")
+    if not name:
+        raise ConfigError(
+            f"{what}: this {type(module).__name__} does not say its architecture, by which the names of tensors are "
+            "known; make it with loading.weights.load or loading.weights.random"
+        )
+    return family({"architectures": [name]})
