@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={args.tensor_parallel_size}"
-    return status_of(lambda: verify(args.verify) if args.verify else convert(args), "interrupted; nothing was written")
+    return status_of(
+        lambda: verify(args.verify) if args.verify else convert(args), interrupted="interrupted; nothing was written"
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

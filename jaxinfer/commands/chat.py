@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_hf_overrides(parser)
 
 
-def run(_: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command with parsed arguments and return its exit status."""
-    return status_of(lambda: _run(args))
+    return status_of(lambda: _run(args), parser)
 
 
 def _run(args: argparse.Namespace) -> int:

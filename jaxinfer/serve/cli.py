@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer._utils.checks import KV_CACHE_DTYPES, QUANTIZATIONS
+from jaxinfer.commands.exit_status import complain
+from jaxinfer.commands.option_words import logged_option_words
 from jaxinfer.commands.overrides import SPECULATIVE, add_hf_overrides, read_template
 from jaxinfer.errors import ConfigError, JaxInferError
 from jaxinfer.serve import listening
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(parser, parser.parse_args(argv))
 
 
-def run(_: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Serve until a signal; return the exit status, 2 for bad input."""
     try:
         from jaxinfer.serve.server import make_server
@@ -100,9 +102,10 @@ def run(_: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         _check(args)
         name = args.served_model_name or args.model
         config = ServerConfig(name, key, args.debug_cache, args.profile, **_given(args, tuple(LIMITS)))
-        llm = _load(args, _adapters(args.adapter or (), name))
+        with logged_option_words(parser):
+            llm = _load(args, _adapters(args.adapter or (), name))
     except (JaxInferError, ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error, parser)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.html or args.placement:
         parser.error("--tune proposes a placement and prints figures: no --html, no --placement")
     planning.finish(parser, args)
-    return status_of(lambda: tune(args))
+    return status_of(lambda: tune(args), parser)
 
 
 def _measuring(add: Callable[..., Any]) -> None:

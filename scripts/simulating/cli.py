@@ -44,7 +44,7 @@ def main() -> int:
     parser = make_parser()
     args = parser.parse_args()
     _check(parser, args)
-    return status_of(lambda: _run(args))
+    return status_of(lambda: _run(args), parser)
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -75,9 +75,9 @@ def test_the_sanity_run_shows_both_outputs_the_differences_and_the_hits(command,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--prompt", "x", "--top-p", "3"], "top_p must be in (0, 1], got 3.0."),
-        (["--prompt", "x", "--n", "2"], "n must be 1 when using greedy sampling, got 2."),
-        (["--prompt", "x", "--max-tokens", "0"], "max_tokens must be at least 1"),
+        (["--prompt", "x", "--top-p", "3"], "error: --top-p must be in (0, 1], got 3.0."),
+        (["--prompt", "x", "--n", "2"], "error: --n must be 1 when using greedy sampling, got 2."),
+        (["--prompt", "x", "--max-tokens", "0"], "error: --max-tokens must be at least 1"),
         (["--prompts-file", "/nowhere/prompts.txt"], "/nowhere/prompts.txt: No such file or directory"),
         (["--prompts-file", "/dev/null"], "has no prompt in it"),
         (["--model", "./no-such-folder"], "directory does not exist"),

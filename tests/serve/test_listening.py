@@ -27,8 +27,8 @@ MISSING = "/no/such/model"
         (["--shutdown-timeout", "-1"], "--shutdown-timeout must be at least 0 seconds, got -1"),
         (["--profile", f"{__file__}/traces"], "--profile"),
         (["--chat-template", "/none"], "--chat-template '/none' cannot be read"),
-        (["--api-key", ""], "api_key cannot be empty"),
-        (["--max-n", "0"], "max_n must be an integer of at least 1"),
+        (["--api-key", ""], "error: --api-key cannot be empty"),
+        (["--max-n", "0"], "error: --max-n must be an integer of at least 1"),
     ],
 )
 def test_a_wrong_option_is_refused_before_the_model_is_looked_for(options, message, capsys):

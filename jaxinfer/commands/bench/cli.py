@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(_: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run a subcommand; return 0, 1 if the measurement failed, or 2 for bad input."""
-    return status_of(lambda: _run(args))
+    return status_of(lambda: _run(args), args.parser)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command with parsed arguments and return its exit status."""
     finish(parser, args)
-    return status_of(lambda: _run(args))
+    return status_of(lambda: _run(args), parser)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     finish(parser, args)
     if "JAX_PLATFORMS" not in os.environ:  # a plan needs no device, and must not take a GPU's memory
         jax.config.update("jax_platforms", "cpu")
-    return status_of(lambda: show(args))
+    return status_of(lambda: show(args), parser)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
