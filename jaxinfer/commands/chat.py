@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxinfer._utils.checks import QUANTIZATIONS
 from jaxinfer.commands.exit_status import status_of
-from jaxinfer.commands.overrides import add_hf_overrides, read_template
+from jaxinfer.commands.overrides import add_hf_overrides, chat_tokenizer, read_template
 from jaxinfer.errors import EngineError, JaxInferError
 
 HELP = "/clear starts a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer."
@@ -48,14 +48,16 @@ def _run(args: argparse.Namespace) -> int:
     from jaxinfer import demo
     from jaxinfer.llm import LLM
 
+    model, template = args.model or demo.path(), read_template(args.chat_template)
     with LLM(
-        args.model or demo.path(),
+        model,
+        tokenizer=chat_tokenizer(model, template),
         dtype=args.dtype,
         quantization=args.quantization,
         max_model_len=args.max_model_len,
         max_num_seqs=1,
         tensor_parallel_size=args.tensor_parallel_size,
-        chat_template=read_template(args.chat_template),
+        chat_template=template,
         hf_overrides=args.hf_overrides,
     ) as llm:
         changes = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "seed")}

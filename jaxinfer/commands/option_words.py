@@ -32,7 +32,7 @@ def option_words(message: str, parser: argparse.ArgumentParser) -> str:
 
         message = re.sub(rf"{_NOT_BEFORE}{word}={_VALUE}", assign, message)
         if "_" in action.dest:
-            message = re.sub(f"{_NOT_BEFORE}{word}{_NOT_AFTER}", name, message)
+            message = re.sub(f"{_NOT_BEFORE}{word}{_NOT_AFTER}=?", name, message)
         else:
             message = re.sub(f"^{word}(?=:| must| is )", name, message)
     return message

@@ -58,6 +58,25 @@ SPECULATIVE = dict(type=parse_speculative, metavar="JSON", help="""for instance 
 """Type and help of `--speculative-config`."""
 
 
+def chat_tokenizer(model: str | Path, template: str | None) -> Any:
+    """Load the tokenizer of a model to chat with, and refuse one without a chat template before weights are loaded.
+
+    Args:
+        model: argument of `LLM`, which then gets the tokenizer as another one.
+        template: Jinja source of `--chat-template`, if any.
+
+    Raises:
+        ChatTemplateError, CheckpointError: see `jaxinfer.errors`.
+    """
+    from jaxinfer.checkpoint.hub import resolve_model
+    from jaxinfer.inputs.chat import choose_template
+    from jaxinfer.inputs.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(resolve_model(model))
+    choose_template(tokenizer, template)
+    return tokenizer
+
+
 def read_template(file: Path | None) -> str | None:
     """Read the Jinja source of `--chat-template`; None if the option is not given.
 

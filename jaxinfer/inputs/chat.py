@@ -79,7 +79,7 @@ def render_chat(
     variables = _variables(chat_template_kwargs, given)
     field = _continued(variables.pop("continue_final_message", None), add_generation_prompt)
     chats, several = conversations(messages, images=image_marker is not None)
-    source = _template(tokenizer, chat_template, variables["tools"])
+    source = choose_template(tokenizer, chat_template, variables["tools"])
     special = {name: plain(_text(token)) for name, token in tokenizer.special_tokens_map.items()}
     variables = {"add_generation_prompt": add_generation_prompt, **special, **variables}
     takes = functools.partial(
@@ -180,7 +180,13 @@ def _continued(field: Any, add_generation_prompt: Any) -> str | None:
     return "content" if field is True else field
 
 
-def _template(tokenizer: Any, chat_template: Any, tools: Any) -> str:
+def choose_template(tokenizer: Any, chat_template: Any, tools: Any = None) -> str:
+    """Return the Jinja source with which chats are rendered; arguments are those of `render_chat`.
+
+    Raises:
+        ChatTemplateError: there is none, or none by the given name.
+        TypeError: `chat_template` is no string.
+    """
     if type(tokenizer).__module__.endswith("tokenization_mistral_common"):
         raise ChatTemplateError(
             "the tokenizer of mistral-common reads control tokens in a text as plain text, so that no rendered chat "

@@ -1,14 +1,16 @@
 """The command `jaxinfer` in this process, with the packaged checkpoint."""
 
 import io
+import json
 import subprocess
 import sys
 
 import pytest
 
-from jaxinfer import cli
+from jaxinfer import cli, demo
 from jaxinfer.commands import chat
 from jaxinfer.errors import EngineError
+from jaxinfer.loading import weights
 from jaxinfer.outputs import CompletionOutput, RequestOutput
 
 pytestmark = pytest.mark.xdist_group("demo")
@@ -46,6 +48,21 @@ def test_a_chat_reads_lines_and_answers_each(capsys, monkeypatch):
     assert exit_status("chat", "--temperature", "0", "--max-tokens", "32") == 0
     first, second = capsys.readouterr().out.splitlines()
     assert "17 plus 25 is 42" in first and "Paris" in second
+
+
+@pytest.mark.parametrize("words", [("chat",), ("generate", "--chat", "--prompt", "x")], ids=["chat", "generate"])
+def test_a_missing_chat_template_is_noticed_before_weights_are_read(words, capsys, monkeypatch, tmp_path):
+    for file in demo.path().iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).symlink_to(file)
+    known = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").unlink()
+    known.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(known))
+    monkeypatch.setattr(weights, "load", lambda *_, **__: pytest.fail("weights were read"))
+    assert exit_status(*words, "--model", str(tmp_path)) == 2
+    expected = "error: the tokenizer has no chat template: pass --chat-template (Jinja source)"
+    assert expected in capsys.readouterr().err
 
 
 def output(text: str, reason: str | None) -> RequestOutput:

@@ -12,7 +12,7 @@ from jaxinfer.commands.generate import sanity
 from jaxinfer.commands.generate.options import add_arguments, as_inputs, finish, open_image, read_prompts
 from jaxinfer.commands.generate.printing import as_json, collect, report, show
 from jaxinfer.commands.generate.rates import Rates
-from jaxinfer.commands.overrides import read_template
+from jaxinfer.commands.overrides import chat_tokenizer, read_template
 from jaxinfer.llm import LLM
 from jaxinfer.media import read_wav
 from jaxinfer.sampling_params import SamplingParams
@@ -51,8 +51,10 @@ def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
         import jax
 
         args.tensor_parallel_size = 1 if args.coordinator is None else jax.device_count()
+    model, template = args.model or demo.path(), read_template(args.chat_template)
     return LLM(
-        args.model or demo.path(),
+        model,
+        tokenizer=chat_tokenizer(model, template) if args.chat and not args.process_id else None,
         dtype=args.dtype,
         quantization=args.quantization,
         max_model_len=args.max_model_len,
@@ -60,7 +62,7 @@ def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
         peer_timeout=args.peer_timeout,
         hf_overrides=args.hf_overrides,
         speculative_config=args.speculative_config,
-        chat_template=read_template(args.chat_template),
+        chat_template=template,
         **settings,
     )
 

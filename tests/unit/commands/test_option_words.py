@@ -22,6 +22,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
         ("chat", "seed must be at least 0, got -1.", "--seed must be at least 0, got -1."),
         ("chat", "lower max_model_len.", "lower --max-model-len."),
         ("serve", "model='/no where': there is none", "MODEL '/no where': there is none"),
+        ("chat", "pass chat_template= (Jinja source)", "pass --chat-template (Jinja source)"),
         ("plan", "model='/nowhere': there is none", "--model /nowhere: there is none"),
         ("generate", "pass dtype='bfloat16' to keep its dtype", "pass --dtype bfloat16 to keep its dtype"),
         ("serve", "make it with max_adapters=N or seed=3", "make it with --max-adapters N or --seed 3"),
