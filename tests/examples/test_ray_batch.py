@@ -1,21 +1,17 @@
 """`examples/ray_batch.py`: what is left to compute, broken lines; with Ray, a killed actor and a second run."""
 
 import argparse
-import importlib.util
+import importlib
 import json
-import os
-import signal
-import threading
-import time
+import sys
 from pathlib import Path
 
 import pytest
 from support import ray_processes
 
 ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("ray_batch", ROOT / "examples" / "ray_batch.py")
-ray_batch = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(ray_batch)
+sys.path.insert(0, str(ROOT / "examples"))
+ray_batch = importlib.import_module("ray_batch")  # by this name the actors import it
 pytestmark = pytest.mark.xdist_group("demo")
 
 
@@ -38,39 +34,28 @@ def test_a_broken_line_is_named(line, tmp_path):
         ray_batch.read_prompts(file)
 
 
-def kill_one_worker(out: Path, killed: list[int]) -> None:
-    """Kill an actor once the first block is written."""
-    while not list(out.glob("block-*.jsonl")):
-        time.sleep(0.01)
-    for process in ray_processes.named("MapWorker")[:1]:
-        os.kill(process, signal.SIGKILL)
-        killed.append(process)
-
-
 @pytest.mark.slow
 def test_results_are_complete_and_in_order_when_an_actor_is_killed(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="ray is not installed")
     from jaxinfer import demo
 
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'examples'}")
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import ray_batch as module  # by this name the actors import it
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'examples'}:{ROOT / 'tests'}")
+    from support import dying_actor
 
-    file, out, killed = tmp_path / "prompts.jsonl", tmp_path / "out", []
+    file, out, died = tmp_path / "prompts.jsonl", tmp_path / "out", tmp_path / "died"
+    monkeypatch.setenv(dying_actor.DIED, str(died))
+    monkeypatch.setattr(ray_batch, "Generate", dying_actor.DyingGenerate)
     file.write_text("".join(json.dumps({"prompt": f"What is {i} plus {i + 3}?"}) + "\n" for i in range(24)))
     settings = json.dumps({"max_model_len": 64, "max_num_seqs": 4})
     args = argparse.Namespace(model=str(demo.path()), prompts=file, out=out, actors=2, block=4, max_tokens=8, cpus=1)
     args.settings = settings
     ray_processes.start()
     try:
-        killer = threading.Thread(target=kill_one_worker, args=(out, killed), daemon=True)
-        killer.start()
-        assert module.run(args) == 0
-        killer.join(60)
-        assert killed
+        assert ray_batch.run(args) == 0
+        assert died.exists()
         results = (out / "results.jsonl").read_text()
         assert [json.loads(line)["index"] for line in results.splitlines()] == list(range(24))
         ray_batch.block_file(out, 2).unlink()
-        assert module.run(args) == 0 and (out / "results.jsonl").read_text() == results
+        assert ray_batch.run(args) == 0 and (out / "results.jsonl").read_text() == results
     finally:
         ray.shutdown()
