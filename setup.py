@@ -49,7 +49,8 @@ def compiled(target: Path) -> bool:
     else:
         include = str(Path(jaxlib.submodule_search_locations[0]) / "include")
         try:
-            native.build(compiler, native.ANY_MACHINE, include, native.prebuilt(target))
+            for variant in native.VARIANTS:
+                native.build(compiler, native.any_machine(variant), include, native.prebuilt(variant, target))
             return True
         except (OSError, subprocess.CalledProcessError) as error:
             reason = f"{compiler} failed: {getattr(error, 'stderr', None) or error}"

@@ -112,7 +112,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     """Maximum number of tokens per step, prefill and decode together; by default 512 on a CPU, 2048 on a GPU."""
     attention_kernel: str = "auto"
-    """"triton" (NVIDIA GPUs, with extra `cuda13` or `cuda12`), "native" (CPUs with AVX-512 and a C++ compiler),
+    """"triton" (NVIDIA GPUs, with extra `cuda13` or `cuda12`), "native" (CPUs with AVX2 and a C++ compiler),
     "xla" (everywhere), or "auto": the first of these that is available. "mosaic" (Hopper) decodes with a Pallas
     kernel and prefills with XLA: slower than "triton", for a JAX that cannot launch Triton's kernels.
     """

@@ -61,7 +61,7 @@ def _case(case: Case, *marks: pytest.MarkDecorator) -> object:
 CASES = [_case(case) for case in QUICK] + [_case(case, pytest.mark.slow) for case in OTHERS]
 if os.environ.get("JAXINFER_ALL_FAMILIES"):
     CASES += [_case(case, pytest.mark.slow) for case in WIDE if case not in QUICK + OTHERS]
-"""Family, dtype, kernels ("auto" is native where this machine has AVX-512), and devices if more than one."""
+"""Family, dtype, kernels ("auto" is native where this machine has AVX2), and devices if more than one."""
 
 
 def requests() -> list[Request]:

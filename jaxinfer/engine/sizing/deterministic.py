@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 NATIVE_TOKENS, XLA_TOKENS, GPU_TOKENS = 128, 32, 256
 """Tokens of the one step, by default. Native operations skip padding, XLA's compute it; on a GPU a step of this many
 takes about as long as reading the weights."""
-COST = "0.87 to 0.92 x the throughput of the default steps by processor time (docs/rl.md)"
+COST = "0.87 to 0.92 x the throughput of the default steps by processor time, measured with AVX-512 (docs/rl.md)"
 """Cost where all operations are native, measured with `scripts/bench.py deterministic`."""
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_exclude_nondeterministic_ops": True}
 """XLA options of a deterministic engine's programs on a GPU. Autotuning times candidates, and may choose another one in

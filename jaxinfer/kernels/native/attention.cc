@@ -23,7 +23,7 @@ namespace ffi = xla::ffi;
 constexpr int kChunk = 128;                // key positions per iteration
 constexpr int kRows = 6;                   // rows multiplied with a panel together
 constexpr int kFewer = 4;                  // likewise for remaining rows
-constexpr int kPanel = 4;                  // vectors of a panel multiplied at a time
+constexpr int kPanel = kAVX512 ? 4 : 1;    // vectors of a panel multiplied at a time
 constexpr int kWide = kPanel * kLanes;     // columns of those vectors
 constexpr int64_t kTilesPerThread = 4;     // with this many tiles a task is a tile, else one kv head of a tile
 constexpr float kLog2e = 1.44269504f;
@@ -47,10 +47,10 @@ struct KVCache {
   const Stored* Value(int64_t place) const { return values ? values + place * value_dim : Key(place); }
 };
 
-// Per-thread buffers.
+// Per-thread buffers. Weights and sums are those of the kind of the panels, which may be wider than queries.
 template <typename Kind>
 struct Scratch {
-  std::vector<uint32_t> keys, values;
+  std::vector<uint32_t> keys, values, queries;
   std::vector<float> sums;    // [rows, stride]
   std::vector<float> tops, totals;
   alignas(64) float scores[kRows][kChunk];
@@ -64,25 +64,23 @@ struct Tile {
 
 inline int64_t RoundUp(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// Interleaves the values of `kPerWord` positions, so that a word holds the same column of each.
-inline void PackValues(const BF16* const rows[2], int64_t dim, uint32_t* line) {
+// Interleaves the values of two positions, so that a word holds the same column of each.
+inline void PackValuePairs(const BF16* const rows[2], int64_t dim, uint32_t* line) {
   for (int64_t d = 0; d < dim; d += kLanes) {
-    const __mmask16 mask = FirstLanes(dim - d);
-    __m512i pair =
-        rows[0] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[0] + d)) : _mm512_setzero_si512();
+    const Mask mask = FirstLanes(dim - d);
+    Words pair = rows[0] ? ShortsToWords(LoadShorts(mask, rows[0] + d)) : SetWords(0);
     if (rows[1]) {
-      const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[1] + d));
-      pair = _mm512_or_si512(pair, _mm512_slli_epi32(second, 16));
+      const Words second = ShortsToWords(LoadShorts(mask, rows[1] + d));
+      pair = Or(pair, ShiftLeft<16>(second));
     }
-    _mm512_storeu_si512(line + d, pair);
+    StoreWords(line + d, pair);
   }
 }
 
-inline void PackValues(const float* const rows[1], int64_t dim, uint32_t* line) {
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const __m512 x = rows[0] ? Load(rows[0] + d, FirstLanes(dim - d)) : _mm512_setzero_ps();
-    _mm512_storeu_si512(line + d, _mm512_castps_si512(x));
-  }
+// The values of one position as floats.
+template <typename Element>
+inline void PackValues(const Element* row, int64_t dim, uint32_t* line) {
+  for (int64_t d = 0; d < dim; d += kLanes) StoreAll(line + d, row ? Load(row + d, FirstLanes(dim - d)) : Set(0));
 }
 
 // Computes the cache index of key positions [first, first + kChunk); -1 outside [begin, end).
@@ -119,9 +117,7 @@ void Gather(const KVCache<Stored>& cache, const int64_t places[kChunk], const in
     if constexpr (kIsCode<Stored>) {
       PackCodeColumns<Kind>(rows, cache.dim, scratch.keys.data() + i, kChunk);
     } else {
-      const char* raw[kLanes];
-      for (int j = 0; j < kLanes; ++j) raw[j] = reinterpret_cast<const char*>(rows[j]);
-      PackColumns<Kind>(raw, bytes / 4, bytes, scratch.keys.data() + i, kChunk);
+      PackColumns<Kind>(rows, cache.dim, scratch.keys.data() + i, kChunk);
     }
   }
   const int64_t stride = RoundUp(cache.value_dim, kWide);
@@ -133,7 +129,8 @@ void Gather(const KVCache<Stored>& cache, const int64_t places[kChunk], const in
     }
     uint32_t* line = scratch.values.data() + i / Kind::kPerWord * stride;
     if constexpr (kIsCode<Stored>) PackValueCodes<Kind>(rows, cache.value_dim, line);
-    else PackValues(rows, cache.value_dim, line);
+    else if constexpr (Kind::kPerWord == 2) PackValuePairs(rows, cache.value_dim, line);
+    else PackValues(rows[0], cache.value_dim, line);
   }
   if constexpr (kIsCode<Stored>) {
     const BF16* own = cache.value_scales ? cache.value_scales : cache.key_scales;
@@ -149,11 +146,11 @@ void Gather(const KVCache<Stored>& cache, const int64_t places[kChunk], const in
   }
 }
 
-inline __m512 Capped(__m512 x, float cap) {  // cap * tanh(x / cap)
-  const __m512 e = Exp2<float>(_mm512_mul_ps(x, _mm512_set1_ps(2.0f * kLog2e / cap)));
-  const __m512 one = _mm512_set1_ps(1.0f);
-  const __m512 t = _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(e, one)));
-  return _mm512_mul_ps(t, _mm512_set1_ps(cap));
+inline Floats Capped(Floats x, float cap) {  // cap * tanh(x / cap)
+  const Floats e = Exp2<float>(Mul(x, Set(2.0f * kLog2e / cap)));
+  const Floats one = Set(1.0f);
+  const Floats t = Sub(one, Div(Set(2.0f), Add(e, one)));
+  return Mul(t, Set(cap));
 }
 
 // Processes R rows of a tile against one chunk, of which row r sees positions [low[r], high[r]); with `kAll` all of it.
@@ -162,45 +159,45 @@ template <typename Kind, int R, bool kAll, bool kScaled>
 void Turn(const uint32_t* const q[R], const int64_t low[R], const int64_t high[R], int64_t row, int64_t words,
           int64_t stride, const Scoring& scoring, Scratch<Kind>& scratch) {
   using Sum = typename Kind::Sum;
-  const __m512 never = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  const __m512 scale = _mm512_set1_ps(scoring.softcap > 0 ? scoring.scale : scoring.scale * kLog2e);
+  const Floats never = Set(-std::numeric_limits<float>::infinity());
+  const Floats scale = Set(scoring.softcap > 0 ? scoring.scale : scoring.scale * kLog2e);
   auto seen = [&](int r, int64_t lane) {
-    return static_cast<__mmask16>(FirstLanes(high[r] - lane) & ~FirstLanes(low[r] - lane));
+    return static_cast<Mask>(FirstLanes(high[r] - lane) & ~FirstLanes(low[r] - lane));
   };
-  __m512 most[R];
-  for (int r = 0; r < R; ++r) most[r] = _mm512_set1_ps(scratch.tops[row + r]);
+  Floats most[R];
+  for (int r = 0; r < R; ++r) most[r] = Set(scratch.tops[row + r]);
   for (int64_t c = 0; c < kChunk; c += kWide) {
     Sum sums[R][kPanel] = {};
     RowsTimesPanel<Kind, R, kPanel>(q, scratch.keys.data() + c, kChunk, words, sums);
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < kPanel; ++v) {
-        __m512 x = _mm512_mul_ps(sums[r][v], scale);
-        if constexpr (kScaled) x = _mm512_mul_ps(x, _mm512_load_ps(scratch.key_scales + c + v * kLanes));
-        if (scoring.softcap > 0) x = _mm512_mul_ps(Capped(x, scoring.softcap), _mm512_set1_ps(kLog2e));
-        if (!kAll) x = _mm512_mask_blend_ps(seen(r, c + v * kLanes), never, x);
-        _mm512_store_ps(scratch.scores[r] + c + v * kLanes, x);
-        most[r] = _mm512_max_ps(x, most[r]);  // max ignores NaN, which still enters through the weights
+        Floats x = Mul(sums[r][v], scale);
+        if constexpr (kScaled) x = Mul(x, LoadAll(scratch.key_scales + c + v * kLanes));
+        if (scoring.softcap > 0) x = Mul(Capped(x, scoring.softcap), Set(kLog2e));
+        if (!kAll) x = Select(seen(r, c + v * kLanes), never, x);
+        StoreAll(scratch.scores[r] + c + v * kLanes, x);
+        most[r] = Max(x, most[r]);  // max ignores NaN, which still enters through the weights
       }
     }
   }
   alignas(64) float tops[kLanes] = {}, peaks[kLanes] = {}, shrink[kLanes];
   for (int r = 0; r < R; ++r) {
     tops[r] = scratch.tops[row + r];
-    peaks[r] = scratch.tops[row + r] = _mm512_reduce_max_ps(most[r]);
+    peaks[r] = scratch.tops[row + r] = MaxOfLanes(most[r]);
   }
-  _mm512_store_ps(shrink, Exp2<float>(_mm512_sub_ps(_mm512_load_ps(tops), _mm512_load_ps(peaks))));
+  StoreAll(shrink, Exp2<float>(Sub(LoadAll(tops), LoadAll(peaks))));
   const uint32_t* weights[R];
   for (int r = 0; r < R; ++r) {
-    const __m512 peak = _mm512_set1_ps(peaks[r]);
-    __m512 sum = _mm512_setzero_ps();
+    const Floats peak = Set(peaks[r]);
+    Floats sum = Set(0);
     for (int64_t i = 0; i < kChunk; i += kLanes) {
-      __m512 w = Exp2<typename Kind::Element>(_mm512_sub_ps(_mm512_load_ps(scratch.scores[r] + i), peak));
-      if (!kAll) w = _mm512_maskz_mov_ps(seen(r, i), w);
-      sum = _mm512_add_ps(sum, w);
-      if constexpr (kScaled) w = _mm512_mul_ps(w, _mm512_load_ps(scratch.value_scales + i));
+      Floats w = Exp2<typename Kind::Element>(Sub(LoadAll(scratch.scores[r] + i), peak));
+      if (!kAll) w = KeepLanes(seen(r, i), w);
+      sum = Add(sum, w);
+      if constexpr (kScaled) w = Mul(w, LoadAll(scratch.value_scales + i));
       Store(scratch.weights[r] + i, w, 0xffff);
     }
-    scratch.totals[row + r] = scratch.totals[row + r] * shrink[r] + _mm512_reduce_add_ps(sum);
+    scratch.totals[row + r] = scratch.totals[row + r] * shrink[r] + SumOfLanes(sum);
     weights[r] = reinterpret_cast<const uint32_t*>(scratch.weights[r]);
   }
   for (int64_t d = 0; d < stride; d += kWide) {
@@ -208,18 +205,18 @@ void Turn(const uint32_t* const q[R], const int64_t low[R], const int64_t high[R
     float* kept = scratch.sums.data() + row * stride + d;
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < kPanel; ++v)
-        sums[r][v] = _mm512_mul_ps(_mm512_loadu_ps(kept + r * stride + v * kLanes), _mm512_set1_ps(shrink[r]));
+        sums[r][v] = Mul(LoadAll(kept + r * stride + v * kLanes), Set(shrink[r]));
     RowsTimesPanel<Kind, R, kPanel>(weights, scratch.values.data() + d, stride, kChunk / Kind::kPerWord, sums);
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kPanel; ++v) _mm512_storeu_ps(kept + r * stride + v * kLanes, sums[r][v]);
+      for (int v = 0; v < kPanel; ++v) StoreAll(kept + r * stride + v * kLanes, sums[r][v]);
   }
 }
 
 // Processes the queries of a tile for the G query heads of one kv head. `more`: the next kv head is processed next.
-template <typename Kind, typename Stored>
-void Attend(const typename Kind::Element* q, const KVCache<Stored>& cache, const int32_t* table, const Tile& tile,
-            int64_t heads, int64_t head, bool more, const Scoring& scoring, const float* sinks,
-            typename Kind::Element* out) {
+template <typename Kind, typename In, typename Stored>
+void Attend(const In* q, const KVCache<Stored>& cache, const int32_t* table, const Tile& tile, int64_t heads,
+            int64_t head, bool more, const Scoring& scoring, const float* sinks, In* out) {
+  constexpr bool kWiden = !std::is_same_v<In, typename Kind::Element>;
   thread_local Scratch<Kind> scratch;
   const int64_t group = heads / cache.heads, rows = tile.count * group;
   const int64_t stride = RoundUp(cache.value_dim, kWide), words = cache.dim / Kind::kPerWord;
@@ -229,6 +226,12 @@ void Attend(const typename Kind::Element* q, const KVCache<Stored>& cache, const
   scratch.tops.assign(rows, kLeast);
   scratch.totals.assign(rows, 0);
   auto place = [&](int64_t row) { return (tile.start + row / group) * heads + head * group + row % group; };
+  const int64_t query = RoundUp(words, kLanes);
+  if constexpr (kWiden) {
+    scratch.queries.resize(rows * query);
+    for (int64_t row = 0; row < rows; ++row)
+      PackValues(q + place(row) * cache.dim, cache.dim, scratch.queries.data() + row * query);
+  }
   if (sinks) {
     for (int64_t row = 0; row < rows; ++row) {
       scratch.tops[row] = sinks[head * group + row % group] * kLog2e;
@@ -258,7 +261,8 @@ void Attend(const typename Kind::Element* q, const KVCache<Stored>& cache, const
       int64_t low[R], high[R];
       for (int r = 0; r < R; ++r) {
         const int64_t position = tile.position + (row + r) / group;
-        qs[r] = reinterpret_cast<const uint32_t*>(q + place(row + r) * cache.dim);
+        if constexpr (kWiden) qs[r] = scratch.queries.data() + (row + r) * query;
+        else qs[r] = reinterpret_cast<const uint32_t*>(q + place(row + r) * cache.dim);
         low[r] = std::max(first_key(position), tile.first) - first;
         high[r] = std::min(position + 1, tile.end) - first;
       }
@@ -273,10 +277,9 @@ void Attend(const typename Kind::Element* q, const KVCache<Stored>& cache, const
   }
   for (int64_t row = 0; row < rows; ++row) {
     const float* sums = scratch.sums.data() + row * stride;
-    const __m512 total = _mm512_set1_ps(scratch.totals[row]);
+    const Floats total = Set(scratch.totals[row]);
     for (int64_t d = 0; d < cache.value_dim; d += kLanes)
-      Store(out + place(row) * cache.value_dim + d, _mm512_div_ps(_mm512_loadu_ps(sums + d), total),
-            FirstLanes(cache.value_dim - d));
+      Store(out + place(row) * cache.value_dim + d, Div(LoadAll(sums + d), total), FirstLanes(cache.value_dim - d));
   }
 }
 
@@ -309,15 +312,14 @@ void Write(const Step& step, const KVCache<Stored>& cache) {
   }
 }
 
-template <typename Kind, typename Stored>
+template <typename Kind, typename In, typename Stored>
 void Run(ffi::ThreadPool& pool, const Step& step, const Scoring& scoring, const KVCache<Stored>& cache, void* result) {
-  using Element = typename Kind::Element;
   Write(step, cache);
   const int64_t heads = step.q.dimensions()[1], width = step.tables.dimensions()[1];
   const int64_t tiles = std::min<int64_t>(step.count.typed_data()[0], step.tiles.dimensions()[0]);
   const float* sinks = step.sinks.element_count() ? step.sinks.typed_data() : nullptr;
-  auto* out = static_cast<Element*>(result);
-  std::memset(out, 0, step.q.dimensions()[0] * heads * cache.value_dim * sizeof(Element));
+  auto* out = static_cast<In*>(result);
+  std::memset(out, 0, step.q.dimensions()[0] * heads * cache.value_dim * sizeof(In));
   // With enough tiles for all threads, one thread processes all heads of a tile, which are adjacent in a block.
   const int64_t together = tiles >= kTilesPerThread * pool.num_threads() ? cache.heads : 1;
   const int64_t parts = cache.heads / together;
@@ -326,7 +328,7 @@ void Run(ffi::ThreadPool& pool, const Step& step, const Scoring& scoring, const 
     const int32_t* t = step.tiles.typed_data() + (tiles - 1 - task / parts) * 6;
     const Tile tile{t[0], t[1], t[2], t[3], t[4], t[5]};
     if (tile.count <= 0 || tile.end <= tile.first) return;
-    const auto* q = static_cast<const Element*>(step.q.untyped_data());
+    const auto* q = static_cast<const In*>(step.q.untyped_data());
     const int32_t* table = step.tables.typed_data() + tile.row * width;
     for (int64_t i = 0; i < together; ++i)
       Attend<Kind>(q, cache, table, tile, heads, task % parts * together + i, i + 1 < together, scoring, sinks, out);
@@ -358,7 +360,8 @@ ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
                                 Data<BF16>(value_scales), blocks_seen,          heads,
                                 block,                  dim,                  out->dimensions()[2],
                                 dim / keys->dimensions()[3]};
-    Run<decltype(kind), Stored>(pool, step, scoring, cache, out->untyped_data());
+    using Kind = decltype(kind);
+    Run<typename Kind::Panel, typename Kind::Element, Stored>(pool, step, scoring, cache, out->untyped_data());
   };
   auto of_kind = [&](auto kind) {
     if (keys->element_type() == ffi::DataType::S8) run(kind, Int8Code{});

@@ -88,10 +88,11 @@ def lacking() -> str | None:
 
 @cache
 def _lacking() -> str | None:
-    missing = sorted(libraries.NEEDED - cpu_flags())
-    if platform.system() != "Linux" or missing:
-        return f"native kernels need Linux on x86-64 with AVX-512; missing: {', '.join(missing) or 'Linux'}"
-    prebuilt = libraries.prebuilt()
+    variant = libraries.choose_variant(cpu_flags())
+    if platform.system() != "Linux" or variant is None:
+        missing = ", ".join(sorted(libraries.VARIANTS["avx2"] - cpu_flags())) or "Linux"
+        return f"native kernels need Linux on x86-64 with AVX2; missing: {missing}"
+    prebuilt = libraries.prebuilt(variant)
     if prebuilt.exists():
         try:
             return _register(prebuilt)

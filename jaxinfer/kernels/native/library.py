@@ -10,24 +10,41 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SOURCES = ("matmul.cc", "packed_matmul.cc", "attention.cc", "rowwise.cc")
-HEADERS = ("simd.h", "parallel.h", "rotate.h", "rows.h", "groups.h", "products.h", "codes.h", "packed_codes.h")
+VECTORS = ("vectors.h", "vectors_avx512.h", "vectors_avx2.h")
+HEADERS = (
+    *VECTORS,
+    "simd.h",
+    "parallel.h",
+    "rotate.h",
+    "rows.h",
+    "groups.h",
+    "products.h",
+    "codes.h",
+    "packed_codes.h",
+)
 COMPILERS = ("g++", "clang++", "c++")
-NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"})
-"""CPU features required by the kernels, by their names in Linux."""
+VARIANTS = {
+    "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"}),
+    "avx2": frozenset({"avx2", "fma", "f16c", "popcnt"}),
+}
+"""CPU features required by the kernels of each instruction set, by their names in Linux; the fastest comes first."""
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off")
 """Without contraction the compiler fuses no multiplication with an addition on its own, which it might do in one
 instance of a template and not in another, so that a row's bits would depend on the rows beside it."""
 THIS_MACHINE = (*FLAGS, "-march=native")
 """Flags of a library that is compiled where it runs."""
-ANY_MACHINE = (
-    *FLAGS,
-    *(f"-m{name.replace('_', '')}" for name in sorted(NEEDED)),
-    "-static-libstdc++",
-    "-static-libgcc",
-    "-Wl,--exclude-libs,ALL,--gc-sections",
-    "-s",
-)
-"""Flags of a library that a wheel carries: it needs the features of `NEEDED` and glibc, but no C++ runtime."""
+PORTABLE = (*FLAGS, "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL,--gc-sections", "-s")
+"""Flags of a library that a wheel carries: it needs glibc, but no C++ runtime."""
+
+
+def choose_variant(flags: Iterable[str]) -> str | None:
+    """Return the fastest variant that a CPU with these features runs, or None."""
+    return next((name for name, needed in VARIANTS.items() if needed <= set(flags)), None)
+
+
+def any_machine(variant: str) -> tuple[str, ...]:
+    """Return the flags of a library of a wheel that runs on all CPUs with the features of the variant."""
+    return (*PORTABLE, *(f"-m{name.replace('_', '')}" for name in sorted(VARIANTS[variant])))
 
 
 def find_compiler() -> str | None:
@@ -42,9 +59,9 @@ def digest(made_from: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
 
 
-def prebuilt(folder: Path = HERE) -> Path:
-    """Return where a wheel keeps the library compiled from just these sources; most installations have none."""
-    return folder / f"prebuilt-{digest(ANY_MACHINE)}.so"
+def prebuilt(variant: str, folder: Path = HERE) -> Path:
+    """Return where a wheel keeps a library compiled from just these sources; most installations have none."""
+    return folder / f"prebuilt-{variant}-{digest(any_machine(variant))}.so"
 
 
 def build(compiler: str, flags: Sequence[str], include: str, library: Path, sources: Path = HERE) -> None:

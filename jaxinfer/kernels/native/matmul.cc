@@ -41,7 +41,7 @@ void Matmul(ffi::ThreadPool& pool, const typename Kind::Element* x, const typena
       return;
     }
     for (int64_t first = 0; first < group.rows; first += kFewRows) {
-      auto part = [&, first](int64_t row, int64_t column, auto sums, __mmask16 mask) {
+      auto part = [&, first](int64_t row, int64_t column, auto sums, Mask mask) {
         emit(first + row, column, sums, mask);
       };
       FewRows<Kind>(rows + first * k, matrix, std::min(kFewRows, group.rows - first), k, begin, end, part);
@@ -50,13 +50,13 @@ void Matmul(ffi::ThreadPool& pool, const typename Kind::Element* x, const typena
 }
 
 template <typename Kind, typename Out>
-void Floats(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const std::vector<Group>& groups,
-            int64_t n, bool stable, Out* y) {
+void FloatProducts(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w,
+                   const std::vector<Group>& groups, int64_t n, bool stable, Out* y) {
   using Element = typename Kind::Element;
   const int64_t k = x.dimensions()[1];
   Matmul<Kind>(pool, static_cast<const Element*>(x.untyped_data()), static_cast<const Element*>(w.untyped_data()),
                groups, n, k, stable, [=](const Group& group, int64_t) {
-                 return [=, to = y + group.result * n](int64_t row, int64_t column, __m512 sums, __mmask16 mask) {
+                 return [=, to = y + group.result * n](int64_t row, int64_t column, Floats sums, Mask mask) {
                    Store(to + row * n + column, sums, mask);
                  };
                });
@@ -68,9 +68,9 @@ void AnyFloats(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuf
   void* out = y->untyped_data();
   const int64_t n = y->dimensions()[1];
   const bool rounded = y->element_type() == ffi::DataType::BF16;
-  if (rounded) Floats<KindBF16>(pool, x, w, groups, n, stable, static_cast<BF16*>(out));
-  else if (half) Floats<KindBF16>(pool, x, w, groups, n, stable, static_cast<float*>(out));
-  else Floats<KindF32>(pool, x, w, groups, n, stable, static_cast<float*>(out));
+  if (rounded) FloatProducts<KindBF16>(pool, x, w, groups, n, stable, static_cast<BF16*>(out));
+  else if (half) FloatProducts<KindBF16>(pool, x, w, groups, n, stable, static_cast<float*>(out));
+  else FloatProducts<KindF32>(pool, x, w, groups, n, stable, static_cast<float*>(out));
 }
 
 ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y,
@@ -93,21 +93,23 @@ struct Quantised {
 
 // Quantises a rotated row: q = round(x / scale) with scale = max |x| / 127, which is NaN where a value is not finite.
 Quantised QuantiseRow(const float* x, int64_t k, int8_t* q) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  const Words magnitude = SetWords(0x7fffffff);
   // Compares bit patterns as integers, in which NaN is above all numbers, so that the maximum is NaN if any is.
-  __m512i top = _mm512_setzero_si512(), sums = _mm512_setzero_si512();
+  Words top = SetWords(0), sums = SetWords(0);
   for (int64_t i = 0; i < k; i += kLanes)
-    top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(Load(x + i, FirstLanes(k - i))), magnitude));
-  const float most = _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(top))));
+    top = Max(top, And(AsWords(Load(x + i, FirstLanes(k - i))), magnitude));
+  const int bits = MaxOfLanes(top);
+  float most;
+  std::memcpy(&most, &bits, sizeof(most));
   const float scale = std::isfinite(most) ? most * (1.0f / 127.0f) : std::numeric_limits<float>::quiet_NaN();
-  const __m512 inverse = _mm512_set1_ps(scale >= std::numeric_limits<float>::min() ? 1.0f / scale : 0.0f);
+  const Floats inverse = Set(scale >= std::numeric_limits<float>::min() ? 1.0f / scale : 0.0f);
   for (int64_t i = 0; i < k; i += kLanes) {
-    const __mmask16 mask = FirstLanes(k - i);
-    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(Load(x + i, mask), inverse));
-    sums = _mm512_add_epi32(sums, rounded);
-    _mm_mask_storeu_epi8(q + i, mask, _mm512_cvtepi32_epi8(rounded));
+    const Mask mask = FirstLanes(k - i);
+    const Words rounded = ToIntegers(Mul(Load(x + i, mask), inverse));
+    sums = Add(sums, rounded);
+    StoreBytes(q + i, mask, WordsToBytes(rounded));
   }
-  return {scale, _mm512_reduce_add_epi32(sums)};
+  return {scale, SumOfLanes(sums)};
 }
 
 // Quantises the rotated rows of x and computes their products. `block`: columns of a rotated block.
@@ -131,12 +133,12 @@ void Int8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& 
   // Sums of integers are exact in any order.
   Matmul<KindInt8>(pool, values.data(), static_cast<const int8_t*>(w.untyped_data()), groups, n, k, false,
                    [&](const Group& group, int64_t) {
-                     return [&](int64_t row, int64_t column, __m512i sums, __mmask16 mask) {
+                     return [&](int64_t row, int64_t column, Words sums, Mask mask) {
                        const Quantised& own = rows[group.first + row];
-                       const __m512i added = _mm512_set1_epi32(128 * own.sum);
-                       const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, added));
-                       const __m512 scaled = _mm512_mul_ps(exact, _mm512_set1_ps(own.scale));
-                       const __m512 made = _mm512_mul_ps(scaled, Load(scales + group.matrix + column, mask));
+                       const Words added = SetWords(kInt8Added * own.sum);
+                       const Floats exact = ToFloat(Sub(sums, added));
+                       const Floats scaled = Mul(exact, Set(own.scale));
+                       const Floats made = Mul(scaled, Load(scales + group.matrix + column, mask));
                        Store(y + (group.result + row) * n + column, made, mask);
                      };
                    });

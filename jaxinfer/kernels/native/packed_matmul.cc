@@ -34,16 +34,15 @@ struct Weights {
 
   const float* Values() const { return scale_type == ffi::DataType::U8 ? kFloats : kIntegers; }
 
-  __m512 Scales(int64_t row, int64_t group, __mmask16 mask) const {
+  Floats Scales(int64_t row, int64_t group, Mask mask) const {
     const int64_t at = row * groups + group;
     if (scale_type == ffi::DataType::F32) return Load(static_cast<const float*>(scales) + at, mask);
     if (scale_type == ffi::DataType::BF16) return Load(static_cast<const BF16*>(scales) + at, mask);
     if (scale_type == ffi::DataType::U8) {  // the bits of an exponent; 255 is NaN
-      const __m512i e = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(scales) + at));
-      const __mmask16 nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(255));
-      return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_slli_epi32(e, 23), nan, _mm512_set1_epi32(0x7fc00000)));
+      const Words e = BytesToWords(LoadBytes(mask, static_cast<const uint8_t*>(scales) + at));
+      return AsFloats(SelectEqual(e, 255, SetWords(0x7fc00000), ShiftLeft<23>(e)));
     }
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(scales) + at));
+    return HalfToFloat(LoadShorts(mask, static_cast<const uint16_t*>(scales) + at));
   }
 };
 
@@ -70,9 +69,9 @@ class Lanes {
   }
 
   // The values of a block's lanes, of values by group; kLanes more than there are groups can be read.
-  __m512 Of(const float* values, int64_t block) const {
-    return _mm512_permutexvar_ps(_mm512_loadu_si512(lanes_.data() + block * kLanes),
-                                 _mm512_loadu_ps(values + first_[block]));
+  Floats Of(const float* values, int64_t block) const {
+    return LookUp(LoadWords(lanes_.data() + block * kLanes),
+                                 LoadAll(values + first_[block]));
   }
 
  private:
@@ -90,15 +89,15 @@ struct Ordered {
       : rows(m * w.blocks * Kind::kParts * 64 + 64),
         sums(summed ? m * w.blocks * kLanes : 0),
         size(w.blocks * Kind::kParts * 64) {
-    const __m512i ones = _mm512_set1_epi32(sizeof(typename Kind::Element) == 2 ? 0x3f803f80 : 0x3f800000);
+    const Words ones = SetWords(sizeof(typename Kind::Element) == 2 ? 0x3f803f80 : 0x3f800000);
     auto order = [&](int64_t row) {
       for (int64_t b = 0; b < w.blocks; ++b) {
         char* to = Row(row) + b * Kind::kParts * 64;
         Kind::Order(x + row * w.k + b * w.block, std::min(w.block, w.k - b * w.block), to);
         if (sums.empty()) continue;
-        __m512 sum = _mm512_setzero_ps();
-        for (int p = 0; p < Kind::kParts; ++p) sum = Kind::MultiplyAdd(sum, _mm512_load_si512(to + p * 64), ones);
-        _mm512_storeu_ps(sums.data() + (row * w.blocks + b) * kLanes, sum);
+        Floats sum = Set(0);
+        for (int p = 0; p < Kind::kParts; ++p) sum = Kind::MultiplyAdd(sum, LoadWords(to + p * 64), ones);
+        StoreAll(sums.data() + (row * w.blocks + b) * kLanes, sum);
       }
     };
     if (m == 1) order(0);
@@ -120,51 +119,51 @@ struct Factors {
     zeros.resize(w.zeros ? count * stride : 0);
     for (int64_t c = 0; c < count; ++c)
       for (int64_t g = 0; g < w.groups; g += kLanes) {
-        const __mmask16 mask = FirstLanes(w.groups - g);
-        _mm512_storeu_ps(scales.data() + c * stride + g, w.Scales(first + c, g, mask));
+        const Mask mask = FirstLanes(w.groups - g);
+        StoreAll(scales.data() + c * stride + g, w.Scales(first + c, g, mask));
         if (!w.zeros) continue;
-        const __m512i z = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zeros + (first + c) * w.groups + g));
-        _mm512_storeu_ps(zeros.data() + c * stride + g, _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(8), z)));
+        const Words z = BytesToWords(LoadBytes(mask, w.zeros + (first + c) * w.groups + g));
+        StoreAll(zeros.data() + c * stride + g, ToFloat(Sub(SetWords(8), z)));
       }
   }
 };
 
 template <typename Kind, int... P>
-inline void Values(__m512i codes, __m512i table, __m512i values[Kind::kParts], std::integer_sequence<int, P...>) {
+inline void Values(Words codes, Words table, Words values[Kind::kParts], std::integer_sequence<int, P...>) {
   ((values[P] = Kind::template Part<P>(codes, table)), ...);
 }
 
 // Sums of R rows of x times C rows of w, before their lanes are added.
 template <typename Kind, int R, int C, bool Zeros>
 inline void PackedDots(Ordered<Kind>& x, int64_t row, const Weights& w, int64_t column, const Factors& factors,
-                 int64_t factor, const Lanes& lanes, bool prefetch, __m512 out[R][C]) {
-  const __m512i table = Kind::Table(w.Values());
+                 int64_t factor, const Lanes& lanes, bool prefetch, Floats out[R][C]) {
+  const Words table = Kind::Table(w.Values());
   const char* xs[R];
   const float* sums[R];
   for (int r = 0; r < R; ++r) {
     xs[r] = x.Row(row + r);
     if constexpr (Zeros) sums[r] = x.sums.data() + (row + r) * w.blocks * kLanes;
   }
-  __m512 totals[R][C];  // not `out`, which would be written in every turn
+  Floats totals[R][C];  // not `out`, which would be written in every turn
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) totals[r][c] = _mm512_setzero_ps();
+    for (int c = 0; c < C; ++c) totals[r][c] = Set(0);
   for (int64_t b = 0; b < w.blocks; ++b) {
     for (int c = 0; c < C; ++c) {
       const char* codes = reinterpret_cast<const char*>(w.codes) + (column + c) * w.bytes;
       if (prefetch) _mm_prefetch(codes + b * 64 + kAhead * w.bytes, _MM_HINT_T0);
-      __m512i values[Kind::kParts];
+      Words values[Kind::kParts];
       Values<Kind>(LoadWords(codes, b * kLanes, w.bytes), table, values,
                    std::make_integer_sequence<int, Kind::kParts>());
-      const __m512 scale = lanes.Of(factors.scales.data() + (factor + c) * factors.stride, b);
-      __m512 zero;
+      const Floats scale = lanes.Of(factors.scales.data() + (factor + c) * factors.stride, b);
+      Floats zero;
       if constexpr (Zeros) zero = lanes.Of(factors.zeros.data() + (factor + c) * factors.stride, b);
       for (int r = 0; r < R; ++r) {
         const char* part = xs[r] + b * Kind::kParts * 64;
-        __m512 sum = _mm512_setzero_ps();
-        if constexpr (Zeros) sum = _mm512_mul_ps(zero, _mm512_loadu_ps(sums[r] + b * kLanes));
+        Floats sum = Set(0);
+        if constexpr (Zeros) sum = Mul(zero, LoadAll(sums[r] + b * kLanes));
         for (int p = 0; p < Kind::kParts; ++p)
-          sum = Kind::MultiplyAdd(sum, _mm512_load_si512(part + p * 64), values[p]);
-        totals[r][c] = _mm512_fmadd_ps(sum, scale, totals[r][c]);
+          sum = Kind::MultiplyAdd(sum, LoadWords(part + p * 64), values[p]);
+        totals[r][c] = MulAdd(sum, scale, totals[r][c]);
       }
     }
   }
@@ -176,11 +175,11 @@ inline void PackedDots(Ordered<Kind>& x, int64_t row, const Weights& w, int64_t 
 template <typename Kind, bool Zeros, typename Out>
 void Tile(Ordered<Kind>& x, int64_t first, int64_t m, const Weights& w, int64_t column, int64_t columns,
           const Factors& factors, int64_t factor, const Lanes& lanes, Out* y, int64_t stride) {
-  __m512 totals[kFewRows][kLanes];
-  if (columns < kLanes) std::fill_n(&totals[0][0], m * kLanes, _mm512_setzero_ps());
+  Floats totals[kFewRows][kLanes];
+  if (columns < kLanes) std::fill_n(&totals[0][0], m * kLanes, Set(0));
   auto run = [&](int64_t row, int64_t c, auto rows, auto count) {
     constexpr int R = decltype(rows)::value, C = decltype(count)::value;
-    __m512 sums[R][C];
+    Floats sums[R][C];
     PackedDots<Kind, R, C, Zeros>(x, first + row, w, column + c, factors, factor + c, lanes, row == 0, sums);
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < C; ++i) totals[row + r][c + i] = sums[r][i];
@@ -216,16 +215,16 @@ void UnpackRow(const Weights& w, const Lanes& lanes, int64_t row, const Factors&
                typename Kind::Element* out) {
   using Wide = typename Kind::Wide;
   constexpr int P = Wide::kParts;
-  const __m512i table = Wide::Table(w.Values());
+  const Words table = Wide::Table(w.Values());
   const auto* codes = reinterpret_cast<const char*>(w.codes) + row * w.bytes;
   for (int64_t b = 0; b < w.blocks; ++b) {
-    __m512i found[P];
-    __m512 values[P];
+    Words found[P];
+    Floats values[P];
     Values<Wide>(LoadWords(codes, b * kLanes, w.bytes), table, found, std::make_integer_sequence<int, P>());
-    const __m512 scale = lanes.Of(factors.scales.data() + factor * factors.stride, b);
-    const __m512 zero = w.zeros ? lanes.Of(factors.zeros.data() + factor * factors.stride, b) : _mm512_setzero_ps();
+    const Floats scale = lanes.Of(factors.scales.data() + factor * factors.stride, b);
+    const Floats zero = w.zeros ? lanes.Of(factors.zeros.data() + factor * factors.stride, b) : Set(0);
     for (int p = 0; p < P; ++p)
-      values[p] = _mm512_mul_ps(_mm512_add_ps(_mm512_castsi512_ps(found[p]), zero), scale);
+      values[p] = Mul(Add(AsFloats(found[p]), zero), scale);
     Kind::StoreParts(values, out + b * w.block);
   }
 }
@@ -242,7 +241,7 @@ void Unpacked(Ordered<Kind>& x, const Group& group, const Weights& w, const Lane
   factors.Read(w, column, count);
   for (int64_t c = 0; c < count; ++c) UnpackRow<Kind>(w, lanes, column + c, factors, c, values.data() + c * k);
   const auto* rows = reinterpret_cast<const Element*>(x.Row(group.first));
-  auto emit = [&](int64_t row, int64_t at, __m512 sums, __mmask16 mask) { Store(y + row * n + at, sums, mask); };
+  auto emit = [&](int64_t row, int64_t at, Floats sums, Mask mask) { Store(y + row * n + at, sums, mask); };
   if (group.rows > kFewRows) ManyRows<typename Kind::Unpacked>(rows, values.data(), group.rows, k, 0, count, emit);
   else FewRows<typename Kind::Unpacked>(rows, values.data(), group.rows, k, 0, count, emit);
 }

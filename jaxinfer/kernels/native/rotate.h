@@ -9,18 +9,14 @@ namespace jaxinfer {
 
 // x[i] + x[i ^ H] where bit H of i is not set, else x[i ^ H] - x[i].
 template <int H>
-inline __m512 Butterfly(__m512 x) {
-  constexpr __mmask16 kUpper[9] = {0, 0xaaaa, 0xcccc, 0, 0xf0f0, 0, 0, 0, 0xff00};
-  __m512 other;
-  if constexpr (H == 1) other = _mm512_permute_ps(x, 0xb1);
-  else if constexpr (H == 2) other = _mm512_permute_ps(x, 0x4e);
-  else if constexpr (H == 4) other = _mm512_shuffle_f32x4(x, x, 0xb1);
-  else other = _mm512_shuffle_f32x4(x, x, 0x4e);
-  return _mm512_mask_sub_ps(_mm512_add_ps(x, other), kUpper[H], other, x);
+inline Floats Butterfly(Floats x) {
+  constexpr Mask kUpper[9] = {0, 0xaaaa, 0xcccc, 0, 0xf0f0, 0, 0, 0, 0xff00};
+  const Floats other = Exchange<H>(x);
+  return SubWhere(Add(x, other), kUpper[H], other, x);
 }
 
 // The stages within 16 lanes, of blocks of up to as many.
-inline __m512 RotateLanes(__m512 x, int64_t block) {
+inline Floats RotateLanes(Floats x, int64_t block) {
   if (block > 1) x = Butterfly<1>(x);
   if (block > 2) x = Butterfly<2>(x);
   if (block > 4) x = Butterfly<4>(x);
@@ -32,17 +28,17 @@ inline __m512 RotateLanes(__m512 x, int64_t block) {
 template <int V, typename In>
 inline void RotateBlocks(const In* x, int64_t k, float* out) {
   for (int64_t i = 0; i < k; i += V * kLanes) {
-    __m512 r[V];
+    Floats r[V];
     for (int v = 0; v < V; ++v) r[v] = RotateLanes(Load(x + i + v * kLanes, 0xffff), kLanes);
     for (int half = 1; half < V; half *= 2) {
       for (int v = 0; v < V; ++v) {
         if (v & half) continue;
-        const __m512 a = r[v], b = r[v + half];
-        r[v] = _mm512_add_ps(a, b);
-        r[v + half] = _mm512_sub_ps(a, b);
+        const Floats a = r[v], b = r[v + half];
+        r[v] = Add(a, b);
+        r[v + half] = Sub(a, b);
       }
     }
-    for (int v = 0; v < V; ++v) _mm512_storeu_ps(out + i + v * kLanes, r[v]);
+    for (int v = 0; v < V; ++v) StoreAll(out + i + v * kLanes, r[v]);
   }
 }
 
@@ -53,8 +49,8 @@ void RotateRow(const In* x, int64_t k, int64_t block, float* out) {
   if (block == 64) return RotateBlocks<4>(x, k, out);
   if (block == 32) return RotateBlocks<2>(x, k, out);
   for (int64_t i = 0; i < k; i += kLanes) {
-    const __mmask16 mask = FirstLanes(k - i);
-    _mm512_mask_storeu_ps(out + i, mask, RotateLanes(Load(x + i, mask), block));
+    const Mask mask = FirstLanes(k - i);
+    Store(out + i, RotateLanes(Load(x + i, mask), block), mask);
   }
 }
 

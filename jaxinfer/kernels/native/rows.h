@@ -12,17 +12,13 @@ namespace jaxinfer {
 // Number of rows of x without trailing rows of zeros. NaN is not zero; -0 is, as negative weights of a norm make it of
 // padding.
 inline int64_t LiveRows(const xla::ffi::AnyBuffer& x) {
-  const __m512i magnitude = x.element_type() == xla::ffi::DataType::BF16 ? _mm512_set1_epi16(0x7fff)
-                                                                         : _mm512_set1_epi32(0x7fffffff);
+  const Words magnitude = x.element_type() == xla::ffi::DataType::BF16 ? SetShorts(0x7fff)
+                                                                         : SetWords(0x7fffffff);
   const auto* bytes = static_cast<const char*>(x.untyped_data());
   const int64_t size = x.dimensions()[0] ? static_cast<int64_t>(x.size_bytes()) / x.dimensions()[0] : 0;
   for (int64_t row = x.dimensions()[0]; row > 0; --row)
-    for (int64_t at = 0; at < size; at += 64) {
-      const int64_t left = std::min<int64_t>(64, size - at);
-      const __mmask64 mask = left == 64 ? ~0ull : (1ull << left) - 1;
-      const __m512i x64 = _mm512_maskz_loadu_epi8(mask, bytes + (row - 1) * size + at);
-      if (_mm512_test_epi8_mask(x64, magnitude)) return row;
-    }
+    for (int64_t at = 0; at < size; at += 64)
+      if (AnyBits(LoadWords(bytes + (row - 1) * size, at / 4, size), magnitude)) return row;
   return 0;
 }
 

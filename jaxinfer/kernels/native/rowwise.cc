@@ -29,59 +29,55 @@ void ForRows(ffi::ThreadPool& pool, int64_t rows, int64_t columns, const Body& b
   });
 }
 
-inline __m512i Bits(__m512 x) { return _mm512_castps_si512(x); }
-
 // Whether all lanes are 0 or -0.
-inline bool Zeros(__m512i bits) { return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7fffffff)) == 0; }
+inline bool Zeros(Words bits) { return !AnyBits(bits, SetWords(0x7fffffff)); }
 
 // Rounds to an element's precision.
 template <typename Element>
-inline __m512 Rounded(__m512 x) {
+inline Floats Rounded(Floats x) {
   if constexpr (sizeof(Element) == 4) return x;
   else return ToFloat(ToBF16(x));
 }
 
-inline __m512 Set(float x) { return _mm512_set1_ps(x); }
-
 // x / (1 + e^-y): x times the logistic function of y.
-inline __m512 TimesLogistic(__m512 x, __m512 y) {
-  return _mm512_div_ps(x, _mm512_add_ps(Set(1), Exp(_mm512_sub_ps(Set(0), y))));
+inline Floats TimesLogistic(Floats x, Floats y) {
+  return Div(x, Add(Set(1), Exp(Sub(Set(0), y))));
 }
 
 struct Silu {
-  static __m512 Of(__m512 x) { return TimesLogistic(x, x); }
+  static Floats Of(Floats x) { return TimesLogistic(x, x); }
 };
 
 // x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3) is x times the logistic function of 2 u.
 struct GeluTanh {
-  static __m512 Of(__m512 x) {
-    const __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), Set(0.0713548162726f), Set(1.59576912161f));
-    return TimesLogistic(x, _mm512_mul_ps(x, inner));
+  static Floats Of(Floats x) {
+    const Floats inner = MulAdd(Mul(x, x), Set(0.0713548162726f), Set(1.59576912161f));
+    return TimesLogistic(x, Mul(x, inner));
   }
 };
 
 // x times the distribution function of the normal distribution, which is e^(-x^2 / 2) t P(t) at -|x|, t = 1 / (1 + 0.35
 // |x|), with a polynomial P of least relative error, 2e-7.
 struct Gelu {
-  static __m512 Of(__m512 x) {
-    const __m512 size = _mm512_abs_ps(x), t = _mm512_div_ps(Set(1), _mm512_fmadd_ps(size, Set(0.35f), Set(1)));
+  static Floats Of(Floats x) {
+    const Floats size = Abs(x), t = Div(Set(1), MulAdd(size, Set(0.35f), Set(1)));
     constexpr float kFactors[] = {0.1396214068f,  0.1398618817f,  0.1198327169f, 0.1055086702f, -0.02311155759f,
                                   0.1591768414f, -0.2557167113f, 0.1439729482f, -0.02914619446f};
-    __m512 p = Set(kFactors[8]);
-    for (int i = 7; i >= 0; --i) p = _mm512_fmadd_ps(p, t, Set(kFactors[i]));
-    const __m512 density = Exp(_mm512_mul_ps(_mm512_mul_ps(size, size), Set(-0.5f)));
-    const __m512 most = _mm512_min_ps(Set(14), x);  // the second operand if it is NaN; infinity times zero were NaN
-    const __m512 below = _mm512_mul_ps(most, _mm512_mul_ps(density, _mm512_mul_ps(p, t)));
-    return _mm512_mask_sub_ps(below, _mm512_cmp_ps_mask(x, Set(0), _CMP_GT_OQ), x, below);
+    Floats p = Set(kFactors[8]);
+    for (int i = 7; i >= 0; --i) p = MulAdd(p, t, Set(kFactors[i]));
+    const Floats density = Exp(Mul(Mul(size, size), Set(-0.5f)));
+    const Floats most = Min(Set(14), x);  // the second operand if it is NaN; infinity times zero were NaN
+    const Floats below = Mul(most, Mul(density, Mul(p, t)));
+    return SubWhere(below, Positive(x), x, below);
   }
 };
 
 struct Relu {
-  static __m512 Of(__m512 x) { return _mm512_max_ps(Set(0), x); }  // the second operand if it is NaN
+  static Floats Of(Floats x) { return Max(Set(0), x); }  // the second operand if it is NaN
 };
 
 struct SquaredRelu {
-  static __m512 Of(__m512 x) { return _mm512_mul_ps(Relu::Of(x), Relu::Of(x)); }
+  static Floats Of(Floats x) { return Mul(Relu::Of(x), Relu::Of(x)); }
 };
 
 // Columns [first, first + columns) of the rows of a matrix.
@@ -101,10 +97,10 @@ void Gated(ffi::ThreadPool& pool, const Columns& gate, const Columns& up, int64_
     const Element *g = gate.Row<Element>(row), *u = up.Row<Element>(row);
     Element* to = out + row * columns;
     for (int64_t i = 0; i < columns; i += kLanes) {
-      const __mmask16 mask = FirstLanes(columns - i);
-      const __m512 x = Load(g + i, mask), y = Load(u + i, mask);
-      const bool zeros = Zeros(_mm512_or_si512(Bits(x), Bits(y)));
-      Store(to + i, zeros ? Set(0) : _mm512_mul_ps(Activation::Of(x), y), mask);
+      const Mask mask = FirstLanes(columns - i);
+      const Floats x = Load(g + i, mask), y = Load(u + i, mask);
+      const bool zeros = Zeros(Or(AsWords(x), AsWords(y)));
+      Store(to + i, zeros ? Set(0) : Mul(Activation::Of(x), y), mask);
     }
   });
 }
@@ -147,33 +143,33 @@ struct Scaling {
 // Normalises `count` values of x, rounded, into `out`, which may be float whatever the element is.
 template <typename Element, typename Out>
 void Normalise(const Element* x, const Element* scale, int64_t count, const Scaling& how, Out* out) {
-  __m512 sums[4] = {Set(0), Set(0), Set(0), Set(0)};
+  Floats sums[4] = {Set(0), Set(0), Set(0), Set(0)};
   for (int64_t i = 0; i < count; i += kLanes) {
-    const __m512 own = Load(x + i, FirstLanes(count - i));
-    __m512& sum = sums[i / kLanes % 4];
-    sum = _mm512_fmadd_ps(own, own, sum);
+    const Floats own = Load(x + i, FirstLanes(count - i));
+    Floats& sum = sums[i / kLanes % 4];
+    sum = MulAdd(own, own, sum);
   }
-  const __m512 both = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
-  const float mean = _mm512_reduce_add_ps(both) / static_cast<float>(count);
-  const __m512 inverse = Set(1.0f / std::sqrt(mean + how.eps)), offset = Set(how.offset);
+  const Floats both = Add(Add(sums[0], sums[1]), Add(sums[2], sums[3]));
+  const float mean = SumOfLanes(both) / static_cast<float>(count);
+  const Floats inverse = Set(1.0f / std::sqrt(mean + how.eps)), offset = Set(how.offset);
   for (int64_t i = 0; i < count; i += kLanes) {
-    const __mmask16 mask = FirstLanes(count - i);
-    __m512 wide = _mm512_mul_ps(Load(x + i, mask), inverse), by = Load(scale + i, mask);
-    if (how.offset != 0) by = _mm512_add_ps(offset, by);
+    const Mask mask = FirstLanes(count - i);
+    Floats wide = Mul(Load(x + i, mask), inverse), by = Load(scale + i, mask);
+    if (how.offset != 0) by = Add(offset, by);
     if (!how.wide) wide = Rounded<Element>(wide), by = Rounded<Element>(by);
-    Store(out + i, Rounded<Element>(_mm512_mul_ps(wide, by)), mask);
+    Store(out + i, Rounded<Element>(Mul(wide, by)), mask);
   }
 }
 
 // Sets sum = x + y, rounded, if y is given; returns whether the row that is to be normalised is all zeros.
 template <typename Element>
-bool Add(const Element* x, const Element* y, int64_t count, Element* sum) {
-  __m512i any = _mm512_setzero_si512();
+bool AddRow(const Element* x, const Element* y, int64_t count, Element* sum) {
+  Words any = SetWords(0);
   for (int64_t i = 0; i < count; i += kLanes) {
-    const __mmask16 mask = FirstLanes(count - i);
-    __m512 own = Load(x + i, mask);
-    if (y) Store(sum + i, own = Rounded<Element>(_mm512_add_ps(own, Load(y + i, mask))), mask);
-    any = _mm512_or_si512(any, Bits(own));
+    const Mask mask = FirstLanes(count - i);
+    Floats own = Load(x + i, mask);
+    if (y) Store(sum + i, own = Rounded<Element>(Add(own, Load(y + i, mask))), mask);
+    any = Or(any, AsWords(own));
   }
   return Zeros(any);
 }
@@ -188,7 +184,7 @@ void NormaliseRows(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const void* y
   auto *sums = static_cast<Element*>(sum), *out = static_cast<Element*>(normed->untyped_data());
   ForRows(pool, rows, columns, [&](int64_t row) {
     const int64_t at = row * columns;
-    const bool zeros = Add(xs + at, ys ? ys + at : nullptr, columns, sums + (ys ? at : 0));
+    const bool zeros = AddRow(xs + at, ys ? ys + at : nullptr, columns, sums + (ys ? at : 0));
     if (zeros) std::memset(out + at, 0, columns * sizeof(Element));
     else Normalise((ys ? sums : xs) + at, scales, columns, how, out + at);
   });
@@ -223,14 +219,14 @@ void Rotate(float* x, const float* cos, const float* sin, int64_t half, int64_t 
     from = pairs;
   }
   for (int64_t i = 0; i < half; i += kLanes) {
-    const __mmask16 mask = FirstLanes(half - i);
-    const __m512 a = Load(from + i, mask), b = Load(from + half + i, mask), c = Load(cos + i, mask);
-    const __m512 s = Load(sin + i, mask);
-    Store(out + i, _mm512_sub_ps(_mm512_mul_ps(a, c), _mm512_mul_ps(b, s)), mask);
-    Store(out + half + i, _mm512_add_ps(_mm512_mul_ps(b, c), _mm512_mul_ps(a, s)), mask);
+    const Mask mask = FirstLanes(half - i);
+    const Floats a = Load(from + i, mask), b = Load(from + half + i, mask), c = Load(cos + i, mask);
+    const Floats s = Load(sin + i, mask);
+    Store(out + i, Sub(Mul(a, c), Mul(b, s)), mask);
+    Store(out + half + i, Add(Mul(b, c), Mul(a, s)), mask);
   }
   for (int64_t i = 2 * half; i < dim; i += kLanes) {
-    const __mmask16 mask = FirstLanes(dim - i);
+    const Mask mask = FirstLanes(dim - i);
     Store(out + i, Load(x + i, mask), mask);
   }
 }
@@ -256,7 +252,7 @@ void TurnRows(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const ffi::AnyBu
         if (scales) Normalise(from, scales, dim, how, head);
         else
           for (int64_t i = 0; i < dim; i += kLanes) {
-            const __mmask16 mask = FirstLanes(dim - i);
+            const Mask mask = FirstLanes(dim - i);
             Store(head + i, Load(from + i, mask), mask);
           }
         Rotate(head, angles, angles + half, half, dim, interleaved, head + dim, out);
@@ -264,9 +260,9 @@ void TurnRows(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const ffi::AnyBu
     };
     Element *to_q = data(q) + row * queries * dim, *to_k = data(k) + row * keys * dim;
     Element* to_v = data(v) + row * keys * dim;
-    __m512i any = _mm512_setzero_si512();
+    Words any = SetWords(0);
     for (int64_t i = 0; i < columns; i += kLanes)
-      any = _mm512_or_si512(any, Bits(Load(from + i, FirstLanes(columns - i))));
+      any = Or(any, AsWords(Load(from + i, FirstLanes(columns - i))));
     if (Zeros(any)) {
       std::memset(to_q, 0, queries * dim * sizeof(Element));
       std::memset(to_k, 0, keys * dim * sizeof(Element));
@@ -278,7 +274,7 @@ void TurnRows(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const ffi::AnyBu
     const auto *c = static_cast<const float*>(cos.untyped_data()) + row * half,
                *s = static_cast<const float*>(sin.untyped_data()) + row * half;
     for (int64_t i = 0; i < half; i += kLanes) {
-      const __mmask16 mask = FirstLanes(half - i);
+      const Mask mask = FirstLanes(half - i);
       Store(buffer.data() + i, Rounded<Element>(Load(c + i, mask)), mask);
       Store(buffer.data() + half + i, Rounded<Element>(Load(s + i, mask)), mask);
     }

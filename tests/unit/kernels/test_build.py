@@ -67,12 +67,12 @@ def loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
     and what was loaded.
     """
 
-    def choose(*, flags: frozenset[str] = library.NEEDED, broken: bool = False) -> tuple[str | None, Loads]:
+    def choose(*, flags: frozenset[str] = library.VARIANTS["avx512"], broken: bool = False) -> tuple[str | None, Loads]:
         loaded: Loads = []
 
         def register(path: Path) -> None:
             loaded.append(path)
-            if broken and path == library.prebuilt():
+            if broken and path.name == prebuilt.name:
                 raise RuntimeError("the handler's API version (0.9) is incompatible")
 
         monkeypatch.setattr(build, "cpu_flags", lambda: flags)
@@ -81,7 +81,7 @@ def loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
         return build._lacking.__wrapped__(), loaded
 
     prebuilt = tmp_path / "prebuilt.so"
-    monkeypatch.setattr(library, "prebuilt", lambda: prebuilt)
+    monkeypatch.setattr(library, "prebuilt", {"avx512": prebuilt, "avx2": tmp_path / "prebuilt-avx2.so"}.__getitem__)
     monkeypatch.setenv("CXX", "true")
     return choose
 
@@ -104,17 +104,22 @@ def test_without_a_wheels_library_kernels_are_compiled(loads, tmp_path):
     assert loads() == (None, [tmp_path / "built.so"])
 
 
-def test_a_cpu_without_avx512_loads_nothing(loads, tmp_path):
-    (tmp_path / "prebuilt.so").touch()
-    reason, loaded = loads(flags=library.NEEDED - {"avx512_bf16"})
-    assert reason is not None and "missing: avx512_bf16" in reason and loaded == []
+def test_a_cpu_loads_the_library_of_its_instruction_set(loads, tmp_path):
+    for name in ("prebuilt.so", "prebuilt-avx2.so"):
+        (tmp_path / name).touch()
+    both = library.VARIANTS["avx512"] | library.VARIANTS["avx2"]
+    assert loads(flags=both) == (None, [tmp_path / "prebuilt.so"])
+    assert loads(flags=both - {"avx512_bf16"}) == (None, [tmp_path / "prebuilt-avx2.so"])
+    reason, loaded = loads(flags=both - {"avx512_bf16", "fma"})
+    assert reason is not None and "missing: fma" in reason and loaded == []
 
 
 def test_a_wheels_library_is_of_the_sources_beside_it(tmp_path, monkeypatch):
-    name = library.prebuilt().name
+    name = library.prebuilt("avx2").name
+    assert name != library.prebuilt("avx512").name
     for source in (*library.SOURCES, *library.HEADERS):
         (tmp_path / source).write_text((library.HERE / source).read_text())
     monkeypatch.setattr(library, "HERE", tmp_path)
-    assert library.prebuilt().name == name
+    assert library.prebuilt("avx2").name == name
     (tmp_path / "rotate.h").write_text("// changed")
-    assert library.prebuilt().name != name
+    assert library.prebuilt("avx2").name != name

@@ -14,7 +14,7 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.matmul import choose, grouped
 from jaxinfer.kernels.native import build
 
-native = pytest.mark.skipif(build.lacking() is not None, reason="the native kernels need AVX-512 and a compiler")
+native = pytest.mark.skipif(build.lacking() is not None, reason="the native kernels need AVX2 and a compiler")
 ROWS = 70
 """More than two times as many as are multiplied as dot products at a time."""
 
