@@ -186,8 +186,8 @@ class EngineConfig:
     """
     joint_steps: bool | None = None
     """Whether prefill chunks and decoding sequences of a step run in one forward, a joint step, so that weights are
-    read once; steps that ask for what it does not serve are two, as with False. None: with Triton's attention
-    kernel. With the native one True saves 4 to 8% of the processor time of mixed loads, after more compilations.
+    read once; steps that ask for what it does not serve are two, as with False. None: on GPUs. With the native
+    kernel on a CPU True saves 4 to 8% of the processor time of mixed loads, after more compilations.
     """
     speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None
     """Speculative decoding: `{"method": "ngram"}` drafts the tokens that followed the last ones where they occurred

@@ -41,6 +41,10 @@ class DraftError(EngineError):
     """A step of the draft model failed; the requests continue without drafts."""
 
 
+class JointStepError(EngineError):
+    """A joint step failed; from now on its prefills and decodes run as two steps."""
+
+
 class EngineDeadError(EngineError):
     """A step and the recovery from it failed: the device is lost. Close the LLM and create a new one."""
 

@@ -7,7 +7,7 @@ from jaxinfer.engine.beam_search import branching
 from jaxinfer.engine.request import Sequence
 from jaxinfer.engine.runner.programs import CompilationError
 from jaxinfer.engine.sequence_state import Status
-from jaxinfer.errors import DraftError, EngineDeadError
+from jaxinfer.errors import DraftError, EngineDeadError, JointStepError
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +66,15 @@ class Recovery:
         engine, leader = self._engine, self._engine.runner.leader
         self._log(error, "the cache is rebuilt" if leader is None else "all processes end")
         again = self._unfinished()
-        # If planning itself failed, any sequence may be the cause, unless it is the draft model.
+        # If planning itself failed, any sequence may be the cause, unless it is the draft model. A joint step that
+        # failed is not tried again, so no sequence counts its failure.
         suspects = set(engine.pipeline.suspect.sequences or again) if isinstance(error, Exception) else set()
         if isinstance(error, DraftError):
             suspects, engine.drafts = set(), False
             log.error("%s", engine.describe("the draft model drafts no more; requests continue without it"))
+        if isinstance(error, JointStepError):
+            suspects = set()
+            log.error("%s", engine.describe("prefills and decodes of this size run as two steps from now on"))
         blamed = {id(s): s.count_failure() for s in suspects}
         for sequence in again:
             sequence.status, sequence.row, sequence.computed, sequence.pending = Status.WAITING, -1, 0, 0

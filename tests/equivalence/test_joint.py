@@ -93,3 +93,23 @@ def test_a_step_does_not_wait_for_the_program_of_a_joint_one(compiles, monkeypat
     assert [[s.output_ids.tolist() for s in request.sequences] for request in wanted] == expected
     assert steps[:3] == [False] * 3 and len(steps) > 5
     assert all(step is compiles for step in steps[3:]) and not gate.pending, "one that fails is not tried again"
+
+
+def test_it_is_not_compiled_beside_the_prefill_that_a_prompt_waits_for(monkeypatch):
+    engine = make_engine(joint_runner(random_runner()))
+    gate = Gate(engine.runner.programs)
+    monkeypatch.setattr(engine.runner, "programs", gate)
+    first, second = requests([5, 7], GREEDY)
+    engine.add(first)
+    for _ in range(3):
+        engine.step()
+    monkeypatch.setattr(engine.runner, "compiled_aside", lambda: None)
+    gate.ready.update(key for key in engine.runner.programs.seconds if getattr(key, "kind", "") != "prefill")
+    engine.add(second)
+    for _ in range(3):
+        engine.step()
+        assert gate.pending and not any(getattr(key, "decodes", 0) for key in gate.pending)
+    gate.release()
+    for _ in range(3):
+        engine.step()
+    assert second.sequences[0].made

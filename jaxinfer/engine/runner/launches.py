@@ -126,7 +126,10 @@ class Packer:
         if needs.candidates or params.structured[rows].any():
             return []
         bucket = joint_bucket(self._program, self._shapes, tokens, count, len(samples), needs)
-        if bucket is None or not self._has(programs_of(self._shapes, bucket)):
+        if bucket is None:
+            return []
+        install = (Install(),) if needs.level >= Level.EDITED else ()
+        if not self._has((*programs_of(self._shapes, bucket), *install)):
             return []
         edits = self._edits(everyone, positions.tolist(), params) if needs.level >= Level.EDITED else ()
         parts = joint.joint_parts(plan, bucket, tables, params.packed)

@@ -36,7 +36,7 @@ from jaxinfer.engine.runner.step_sampling import Sampled
 from jaxinfer.engine.sampling.sampler import Edits, Logprobs
 from jaxinfer.engine.sizing.memory import MemoryUse
 from jaxinfer.engine.structured.masks import fill_masks
-from jaxinfer.errors import DraftError, EngineError
+from jaxinfer.errors import DraftError, EngineError, JointStepError
 from jaxinfer.functional import Program
 from jaxinfer.functional.taps import Captured
 from jaxinfer.kernels.attention.paged import Cache
@@ -77,6 +77,8 @@ class Runner:
         self._packer = Packer(program, shapes, self._substitute, self._has_joint)
         self._wanted: Sequence[Key] = ()
         """Programs of a joint step that the plan being packed could have used."""
+        self._failed: set[Key] = set()
+        """Joint steps that failed when they ran."""
         self._abstract_cache = abstract_cache(program, shapes)
         self._replicated = replicated(program)
         self.reset()
@@ -163,6 +165,7 @@ class Runner:
             prefill = packer.prefill(plan, params)
             if both and (missing := self._missing([*packer.tables(entries), *encodes, *prefill])):
                 plan, encodes, prefill = postpone(missing), [], []
+                self._wanted = ()  # compiled later, not beside what a prompt waits for
                 entries = entries[:, np.isin(entries[1], tables.used())]
             steps = [*prefill, *packer.decodes(plan, tables, params)]
         launches = [*packer.copies(*plan.copies), *packer.tables(entries), *encodes, *steps]
@@ -226,12 +229,17 @@ class Runner:
         return self.programs.covering(bucket) or bucket
 
     def _has_joint(self, keys: Sequence[Key]) -> bool:
-        """Return whether the programs of a joint step are compiled, or compiled by their launch.
+        """Return whether a joint step may run: its programs are compiled, or compiled by their launch.
 
-        If not, they are compiled aside once a plan that could use them runs as two steps.
+        If not, they are compiled aside once a plan that could use them runs as two steps. With several processes, which
+        compile nothing aside, only a warm-up compiles them. A step that failed once runs as two from then on.
         """
-        if self.compiled_aside is None or all(map(self.programs.has, keys)):
+        if not self._failed.isdisjoint(keys):
+            return False
+        if all(map(self.programs.has, keys)):
             return True
+        if self.compiled_aside is None:
+            return self.leader is None
         self._wanted = keys if self.programs.failed.isdisjoint(keys) else ()
         return False
 
@@ -240,7 +248,7 @@ class Runner:
 
         Raises:
             CompilationError: a program could not be compiled.
-            EngineError: a launch failed.
+            EngineError: a launch failed; `JointStepError` for that of a joint step.
         """
         check_compiled(flight.compilations)
         flight.started = time.monotonic()
@@ -278,7 +286,11 @@ class Runner:
         try:
             sampled = self._launch(key, *arrays)
         except Exception as error:
-            raise EngineError(f"{describe(key)} failed: {type(error).__name__}: {error}") from error
+            joint = getattr(key, "decodes", 0) > 0
+            if joint:
+                self._failed.add(key)
+            kind = JointStepError if joint else EngineError
+            raise kind(f"{describe(key)} failed: {type(error).__name__}: {error}") from error
         if step is None:
             return None
         if isinstance(key, SampleLogits):
