@@ -283,7 +283,7 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, AdapterCalls, Views
             sampling: sampler variants to compile where each is a separate program (GPUs; on a CPU one program serves
                 all): "greedy", "random" (temperature, min-p), "truncated" (top-k, top-p), "edited" (penalties, biases,
                 masks), "logprobs", "prompt_logprobs"; by default all of these. "structured" adds the steps of rows with
-                `structured_outputs`, on a CPU as well.
+                `structured_outputs`, on a CPU as well; "beams" those of beam searches of up to 8 beams, too.
             threads: number of compiling threads; by default the number of processors, at most 16.
             use_tqdm: whether to show a progress bar.
 

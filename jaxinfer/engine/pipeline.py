@@ -51,7 +51,8 @@ class Pipeline:
     @property
     def is_compiling(self) -> bool:
         """Whether the next step waits for programs that are being compiled aside."""
-        return self.held is not None and not self.held.compiled
+        held = self.held  # callers ask on threads of their own
+        return held is not None and not held.compiled
 
     def advance(self) -> Plan:
         """Dispatch the next step, or the one that has waited for its programs; return its plan, empty if there is none.

@@ -17,7 +17,7 @@ from jaxinfer.llm_base.lifecycle import EngineOwner
 from jaxinfer.llm_base.replicas import Replica, divide
 from jaxinfer.outputs import RequestOutput, RequestOutputs
 from jaxinfer.results.output_processor import Handle
-from jaxinfer.results.progress import Progress, Updates, warn_if_truncated
+from jaxinfer.results.progress import RUNNING, Progress, Updates, warn_if_truncated
 from jaxinfer.steering import Steering
 
 
@@ -99,9 +99,9 @@ class RequestCalls(EngineOwner):
         call = DividedCall([replica.thread for replica in shares])
         release = call.release
         try:
-            with tqdm(total=len(handles), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            with tqdm(total=len(handles), desc=RUNNING, disable=not use_tqdm, dynamic_ncols=True) as bar:
                 # First, as a request may be aborted as soon as it is queued.
-                progress = Progress(bar, shares.values())
+                progress = Progress(bar, shares.values(), lambda: any(own.engine.is_compiling for own in shares))
                 self._queue(call, shares)
                 for replica, part in zip(shares, progress.parts, strict=True):
                     call.drive(replica.thread, part.unfinished)

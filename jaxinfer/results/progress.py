@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from operator import itemgetter
 from typing import Any
@@ -15,6 +15,9 @@ from jaxinfer.engine.request import Sequence as Sample
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.results.output_processor import Handle
 from jaxinfer.sampling_params import DefaultInt
+
+RUNNING, COMPILING = "Processed prompts", "Compiling steps"
+"""Descriptions of a bar; the second while nothing runs because programs are missing."""
 
 log = logging.getLogger(__name__)
 
@@ -124,19 +127,25 @@ class Counted:
 
 
 class Progress:
-    """Progress bar of a call, drawn on its caller's thread: finished prompts and tokens per second.
+    """Progress bar of a call, drawn on its caller's thread: finished prompts, tokens per second, waiting for programs.
 
     Args:
         bar: the bar.
         shares: the requests that each engine has.
+        compiles: returns whether an engine waits for programs that are being compiled.
     """
 
-    def __init__(self, bar: tqdm, shares: Iterable[Sequence[Handle]]):
+    def __init__(self, bar: tqdm, shares: Iterable[Sequence[Handle]], compiles: Callable[[], bool]):
         self._bar, self.parts = bar, [Counted(handles) for handles in shares]
+        self._compiles, self._description = compiles, RUNNING
         self._start = time.perf_counter()
 
     def show(self) -> None:
-        """Update the bar with the requests finished since the last call."""
+        """Update the bar with the requests finished since the last call, and say whether programs are compiled."""
+        shown = COMPILING if self._compiles() else RUNNING
+        if shown != self._description:
+            self._description = shown
+            self._bar.set_description_str(shown)
         fresh = sum(part.done for part in self.parts) - self._bar.n
         if fresh:
             passed = max(time.perf_counter() - self._start, 1e-9)

@@ -26,15 +26,15 @@ from jaxinfer.kv import groups as kv_groups
 
 SAMPLING = (*(level.name.lower() for level in Level), "logprobs", "prompt_logprobs")
 """Names of sampling features that a warm-up can be restricted to."""
-STRUCTURED = "structured"
-"""Name of a further feature for a warm-up, not among the default ones as it adds as many programs again."""
+STRUCTURED, BEAMS = "structured", "beams"
+"""Names of further features for a warm-up, not among the default ones as each adds as many programs again."""
 HEAD_ROWS, SAMPLED_ROWS = 32, 8
 """Deterministic steps on a CPU: number of tokens whose logits are computed at a time, and number of these that are
 sampled at a time, as the time of the sampler grows with its rows. The first is a multiple of the second."""
 COPY_WIDTH = 16
 """Block copies of a step are padded to this many (or to one of the larger sizes of `copy_widths`)."""
 LEAST_CANDIDATES = 16
-"""Minimum number of continuations per row in steps with beams."""
+"""Minimum number of continuations per row in steps with beams: enough for 8 beams and one token that ends them."""
 TABLE_WIDTHS = (256, 4096)
 """Block table updates are sent in pieces padded to one of these sizes."""
 
@@ -246,13 +246,13 @@ def all_buckets(program: Program, shapes: Shapes, sampling: Collection[str] = SA
     counts = logprob_counts(shapes.max_logprobs) if "logprobs" in sampling else ()
     beside = (-1, *counts), (False, "prompt_logprobs" in sampling)
     mixtures = {Needs(*choice) for choice in product(levels, *beside)}
-    found = {
-        prefill_bucket(program, shapes, tokens, needs) for tokens in shapes.prefill_buckets for needs in mixtures
-    } | {
+    searches = {Needs(level, candidates=LEAST_CANDIDATES) for level in levels if level in (Level.GREEDY, Level.EDITED)}
+    alone = mixtures | searches if BEAMS in sampling else mixtures  # beams are in no joint step, and have no drafts
+    found = {prefill_bucket(program, shapes, tokens, needs) for tokens in shapes.prefill_buckets for needs in alone} | {
         decode_bucket(program, shapes, rows, reads, needs._replace(prompt_logprobs=False))
         for rows in shapes.decode_buckets
         for reads in _read_sizes(shapes, rows)
-        for needs in mixtures
+        for needs in alone
     }
     found |= {
         verify_bucket(program, shapes, tokens, needs._replace(prompt_logprobs=False))

@@ -188,6 +188,7 @@ class Programs:
                 target=self._compile, args=(key, future), name=f"jaxinfer compile {key}", daemon=True
             )
             _compiling.add(thread)
+            log.info("compiling %s", key)
             try:
                 thread.start()
             except RuntimeError as error:  # no more threads

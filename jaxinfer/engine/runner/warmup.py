@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
-from jaxinfer.engine.runner.buckets import SAMPLING, STRUCTURED
+from jaxinfer.engine.runner.buckets import BEAMS, SAMPLING, STRUCTURED
 from jaxinfer.engine.runner.programs import Programs
 
 MOST_THREADS = 16
@@ -39,8 +39,8 @@ def check_sampling(sampling: Collection[str]) -> tuple[str, ...]:
     """
     names = (sampling,) if isinstance(sampling, str) else tuple(sampling)
     for name in names:
-        if name not in (*SAMPLING, STRUCTURED):
-            raise ValueError(f"sampling may name {', '.join((*SAMPLING, STRUCTURED))}; got {name!r}")
+        if name not in (known := (*SAMPLING, STRUCTURED, BEAMS)):
+            raise ValueError(f"sampling may name {', '.join(known)}; got {name!r}")
     return names
 
 

@@ -49,7 +49,9 @@ def program() -> Program:
 
 @pytest.mark.parametrize("kernel", ["xla", "native"])
 @pytest.mark.parametrize(("switched", "contiguous"), [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("sampling", [SAMPLING, ("greedy",), ("random",), ("truncated", "logprobs"), ("edited",)])
+@pytest.mark.parametrize(
+    "sampling", [SAMPLING, ("greedy",), ("random",), ("truncated", "logprobs"), ("edited",), ("edited", "beams")]
+)
 def test_every_bucket_of_a_plan_is_among_all_buckets(program, kernel, switched, contiguous, sampling):
     program, sizes = replace(program, kernel=kernel), replace(SIZES, switched=switched, contiguous=contiguous)
     known = set(all_buckets(program, sizes, sampling))
@@ -58,13 +60,16 @@ def test_every_bucket_of_a_plan_is_among_all_buckets(program, kernel, switched, 
         (-1, 0, 1, 2, 5) if "logprobs" in sampling else (-1,),
         sorted({False, "prompt_logprobs" in sampling}),
     )
-    met = set()
-    for needs in starmap(Needs, product(levels, counts, prompt)):
+    met, searches = set(), "beams" in sampling
+    beams = [Needs(level, candidates=count) for level in (Level.GREEDY, Level.EDITED) for count in (2, 16) if searches]
+    for needs in (*starmap(Needs, product(levels, counts, prompt)), *beams):
         met |= {prefill_bucket(program, sizes, tokens, needs) for tokens in range(1, 49)}
         own = needs._replace(prompt_logprobs=False)
         most = sizes.width * sizes.block_size // 128
         read_sizes = {n: range(1, sizes.width + 1) if contiguous else range(n, n * most + 1) for n in range(1, 21)}
         met |= {decode_bucket(program, sizes, n, k, own) for n, reads in read_sizes.items() for k in reads}
+        if needs.candidates:
+            continue
         met |= {joint_bucket(program, sizes, 30, n, 1, own) for n in range(1, 12)}
     assert met == known
 
