@@ -49,9 +49,13 @@ def parse_speculative(text: str) -> SpeculativeConfig:
         argparse.ArgumentTypeError: the text is not JSON, or a field is wrong.
     """
     try:
-        return SpeculativeConfig.of(json.loads(text))
+        given = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no speculative_config: {error}") from None
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not JSON: {error}") from None
+    try:
+        return SpeculativeConfig.of(given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("speculative_config: ")) from None
 
 
 SPECULATIVE = dict(type=parse_speculative, metavar="JSON", help="""for instance '{"method": "ngram"}'""")

@@ -209,7 +209,7 @@ def test_the_servers_option_takes_the_same_fields(capsys):
     cli.add_arguments(parser)
     args = parser.parse_args(["DIR", "--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}'])
     assert args.speculative_config == SpeculativeConfig(num_speculative_tokens=3)
-    for text, message in (("{", "is no speculative_config"), ('{"method": "eagle"}', "method must be ngram")):
+    for text, message in (("{", "is not JSON"), ('{"method": "eagle"}', "--speculative-config: method must be ngram")):
         with pytest.raises(SystemExit):
             parser.parse_args(["DIR", "--speculative-config", text])
         assert message in capsys.readouterr().err
