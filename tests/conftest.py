@@ -11,9 +11,10 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(__file__))
-from support import compiler
+from support import compiler, deadline
 
 if os.environ.get("JAXINFER_TEST_GPU") != "1":
     devices = int(os.environ.get("JAXINFER_TEST_DEVICES", "8"))
@@ -61,6 +62,12 @@ def _count(name: str, _seconds: float, **_labels: object) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that would start after the run's time limit."""
+    deadline.skip_late(item)
 
 
 @pytest.hookimpl(trylast=True)
@@ -166,9 +173,11 @@ def _resident() -> int:
     return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0
 
 
-def pytest_terminal_summary(terminalreporter: object) -> None:
-    """Report the number of compiled programs and the files with the most."""
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Report the number of compiled programs, the files with the most, and tests left out for want of time."""
     total = _compiled.total()
     verdict = "within" if total <= COMPILE_BUDGET else "ABOVE"
     most = ", ".join(f"{file.removeprefix('tests/')} {count}" for file, count in _compiled.most_common(12))
     terminalreporter.write_line(f"compilations: {total}, {verdict} the budget of {COMPILE_BUDGET} ({most})")
+    if late := deadline.left_out(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.write_line(late)
